@@ -1,0 +1,58 @@
+/** What the HTTP server knows of the engine: the interface that the engine's process and its stand-in share. */
+import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
+
+export type FinishReason = "stop" | "length";
+
+export interface TokenLogprob {
+  token: number;
+  /** Natural logarithm, under the target's distribution before temperature and cuts. */
+  logprob: number;
+  top: { token: number; logprob: number }[];
+}
+
+/** What one decoding cycle gave. */
+export interface Step {
+  /** Tokens of this cycle: accepted drafts, then one of the target's own. */
+  tokens: number[];
+  /** How many of `tokens` were drafts. */
+  accepted: number;
+  /** Text that became final; never ends in half a character, never holds a stop string or a part of one. */
+  text: string;
+  logprobs?: TokenLogprob[];
+  /** Set on the last step only. */
+  finish?: Finish;
+}
+
+export interface Finish {
+  reason: FinishReason;
+  promptTokens: number;
+  completionTokens: number;
+  /** Prompt tokens that stand for images. */
+  imageTokens: number;
+  /** Verify passes, without the prefill. */
+  cycles: number;
+  acceptedPerCycle: number[];
+  /** Drafts that were proposed. */
+  drafted: number;
+  timings: Timings;
+}
+
+/** Milliseconds. */
+export interface Timings {
+  vision: number;
+  prefill: number;
+  draft: number;
+  verify: number;
+  total: number;
+}
+
+export interface Engine {
+  readonly info: ModelInfo;
+  /** Those of the hashes whose image the engine does not hold. */
+  missingImages(hashes: string[]): Promise<string[]>;
+  /** Decodes, checks and keeps an image; throws ApiError 400 for one that cannot be read. */
+  putImage(hash: string, bytes: Uint8Array): Promise<void>;
+  /** One sequence. Throws ApiError for a request that does not fit the model; an abort ends it within one cycle. */
+  generate(request: GenerateRequest, signal: AbortSignal): AsyncIterable<Step>;
+  close(): Promise<void>;
+}

@@ -1,0 +1,39 @@
+/** The one error class that both sides answer with; knows OpenAI's error shape, not how it is sent. */
+
+export type ErrorKind = "invalid_request_error" | "not_found_error" | "rate_limit_error" | "server_error";
+
+/** A fault of the request (or of the service) that the client is told about: HTTP status, machine-readable code, parameter. */
+export class ApiError extends Error {
+  override name = "ApiError";
+  readonly status: number;
+  readonly code: string | null;
+  readonly param: string | null;
+
+  constructor(status: number, message: string, options: { code?: string; param?: string; cause?: unknown } = {}) {
+    super(message, { cause: options.cause });
+    this.status = status;
+    this.code = options.code ?? null;
+    this.param = options.param ?? null;
+  }
+
+  get kind(): ErrorKind {
+    if (this.status === 404) return "not_found_error";
+    if (this.status === 429) return "rate_limit_error";
+    return this.status >= 500 ? "server_error" : "invalid_request_error";
+  }
+
+  /** OpenAI's error body. */
+  toJSON(): { error: { message: string; type: ErrorKind; param: string | null; code: string | null } } {
+    return { error: { message: this.message, type: this.kind, param: this.param, code: this.code } };
+  }
+}
+
+/** What may be shown of any thrown value: an ApiError as it is, everything else as a 500 that tells no internals. */
+export function toApiError(error: unknown): ApiError {
+  return error instanceof ApiError
+    ? error
+    : new ApiError(500, "The server had an error while processing the request.", {
+        code: "internal_error",
+        cause: error,
+      });
+}
