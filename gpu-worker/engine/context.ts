@@ -1,0 +1,98 @@
+/** One sequence in the target: its cache, the pass that scores trees on it, and what a drafter may read of it. */
+import type { Tree } from "../decode/tree.ts";
+import type { Path } from "../decode/verify.ts";
+import type { Model } from "../model/model.ts";
+import type { SequenceCache } from "./cache.ts";
+import type { Binding, Runtime, Tensor } from "./runtime.ts";
+import type { Prompt } from "./target.ts";
+
+/** Hidden states that a drafter can read: after the prefill the prompt's, later those of the last tree's nodes. */
+export interface Fresh {
+  /** Rows of `context.hidden` of the tokens that are new in the text. */
+  rows: number[];
+  /** The token that follows each of them. */
+  next: number[];
+}
+
+export class Context implements Disposable {
+  readonly prompt: Prompt;
+  readonly cache: SequenceCache;
+  /** [rows,D], after the final norm: the prompt's, then the last tree's. */
+  readonly hidden: Tensor;
+  readonly maxTree: number;
+  /** [maxTree,V] */
+  readonly logits: Tensor;
+  readonly #model: Model;
+  readonly #ids: Tensor;
+  readonly #positions: Tensor;
+  readonly #rows: Tensor;
+  readonly #none: Tensor;
+  readonly #noRows: Tensor;
+  readonly #bindings = new Map<number, Binding>();
+
+  constructor(runtime: Runtime, model: Model, prompt: Prompt, cache: SequenceCache, hidden: Tensor, maxTree: number) {
+    this.prompt = prompt;
+    this.cache = cache;
+    this.hidden = hidden;
+    this.maxTree = maxTree;
+    this.#model = model;
+    this.logits = runtime.tensor("f32", maxTree * model.config.language.vocabulary);
+    this.#ids = runtime.tensor("i64", maxTree);
+    this.#positions = runtime.tensor("i64", maxTree);
+    this.#rows = runtime.tensor("i64", maxTree);
+    for (let i = 0; i < maxTree; i++) this.#rows.i64[i] = BigInt(i);
+    this.#none = runtime.tensor("i64", 0);
+    this.#noRows = runtime.tensor("f32", 0);
+    this.#idValues = this.#ids.i64;
+    this.#positionValues = this.#positions.i64;
+    this.#logitValues = this.logits.f32;
+  }
+  readonly #idValues: BigInt64Array;
+  readonly #positionValues: BigInt64Array;
+  readonly #logitValues: Float32Array;
+
+  /** Logits [V] after the prompt's last token. */
+  get firstLogits(): Float32Array {
+    return this.#logitValues.subarray(0, this.#model.config.language.vocabulary);
+  }
+
+  /** One pass over every node of the tree: logits [n,V], valid until the next pass. */
+  score(tree: Tree): Float32Array {
+    const n = tree.tokens.length;
+    const { length } = this.cache;
+    for (let i = 0; i < n; i++) {
+      this.#idValues[i] = BigInt(tree.tokens[i]);
+      this.#positionValues[i] = BigInt(length + tree.depths[i]);
+    }
+    if (n === 1) this.cache.causal(1);
+    else this.cache.tree(tree.parents);
+    this.#binding(n).run();
+    return this.#logitValues;
+  }
+
+  #binding(n: number): Binding {
+    const known = this.#bindings.get(n);
+    if (known) return known;
+    const { hidden: width, vocabulary } = this.#model.config.language;
+    const binding = this.#model.language.binding();
+    this.#bindings.set(n, binding);
+    this.cache.bind(binding, n);
+    binding.input("ids", this.#ids, [n]).input("positions", this.#positions, [1, n]);
+    binding.input("logit_rows", this.#rows, [n]);
+    binding.input("image_rows", this.#noRows, [0, width]).input("image_index", this.#none, [0, 1]);
+    return binding.output("hidden", this.hidden, [n, width]).output("logits", this.logits, [n, vocabulary]);
+  }
+
+  /** Keeps the cache rows of the path's nodes. */
+  commit(path: Path): Fresh {
+    this.cache.keep(path.nodes);
+    return { rows: path.nodes, next: path.tokens };
+  }
+
+  [Symbol.dispose](): void {
+    for (const binding of this.#bindings.values()) binding[Symbol.dispose]();
+    const tensors = [this.hidden, this.logits, this.#ids, this.#positions, this.#rows, this.#none, this.#noRows];
+    for (const tensor of tensors) tensor[Symbol.dispose]();
+    this.cache[Symbol.dispose]();
+  }
+}

@@ -1,0 +1,109 @@
+/** Pictures that the engine holds: decoded, through the vision tower, kept by the hash of their bytes. */
+import { decodeImage, type Picture } from "../input/decode.ts";
+import type { Model } from "../model/model.ts";
+import { imageTokens, processImage } from "../model/qwen/processor.ts";
+import { visionLayout } from "../model/qwen/vision.ts";
+import { frequencies } from "../model/rope.ts";
+import type { Runtime } from "./runtime.ts";
+
+/** Embedding rows of one picture in the prompt. */
+export interface ImageRows {
+  /** Merged cells: height, width. */
+  grid: [number, number];
+  /** [height·width, D] */
+  rows: Float32Array;
+}
+
+/** Runs the vision tower on a decoded picture. */
+export function encodePicture(runtime: Runtime, model: Model, picture: Picture): ImageRows {
+  const { vision: c } = model.config;
+  const { pixels, grid } = processImage(picture, model.processor);
+  const [, height, width] = grid;
+  const layout = visionLayout(height, width, c);
+  const total = layout.windows * layout.size;
+  const half = c.width / c.heads / 2;
+  const cells = imageTokens(grid, model.processor);
+  const ints = (values: ArrayLike<number>) => {
+    const tensor = runtime.tensor("i64", values.length);
+    const data = tensor.i64;
+    for (let i = 0; i < values.length; i++) data[i] = BigInt(values[i]);
+    return tensor;
+  };
+  using pixelTensor = runtime.tensor("f32", pixels.length);
+  using rowIndex = ints(layout.rowIndex);
+  using positions = ints(layout.rowIndex.map((_, i) => i));
+  using cellIndex = ints(layout.cellIndex);
+  using mask = runtime.tensor("i32", total);
+  using cos = runtime.tensor("f32", total * half);
+  using sin = runtime.tensor("f32", total * half);
+  using rows = runtime.tensor("f32", cells * c.out);
+  pixelTensor.f32.set(pixels);
+  mask.i32.set(layout.mask);
+  fillAngles(cos.f32, sin.f32, layout.rows, layout.columns, half);
+  using binding = model.vision.binding();
+  const windowed = [layout.windows, layout.size];
+  binding.input("pixels", pixelTensor, [pixels.length / cellSize(model), cellSize(model)]);
+  binding.input("row_index", rowIndex, [total]).input("cell_index", cellIndex, [cells]);
+  binding.input("window_mask", mask, windowed).input("window_positions", positions, windowed);
+  binding.input("full_mask", mask, [1, total]).input("full_positions", positions, [1, total]);
+  binding.input("cos", cos, [total, half]).input("sin", sin, [total, half]);
+  binding.output("rows", rows, [cells, c.out]).run();
+  return { grid: [height / c.merge, width / c.merge], rows: rows.f32.slice() };
+}
+
+/** Values of one patch. */
+const cellSize = ({ config: { vision } }: Model) => 3 * vision.temporalPatch * vision.patch ** 2;
+
+/** 2-D rotary angles: the first half of the frequencies turns with the patch's row, the second with its column. */
+function fillAngles(cos: Float32Array, sin: Float32Array, rows: Int32Array, columns: Int32Array, half: number): void {
+  const frequency = frequencies(half, 10000); // Qwen2_5_VisionRotaryEmbedding fixes theta
+  const n = frequency.length;
+  for (let i = 0; i < rows.length; i++)
+    for (let f = 0; f < half; f++) {
+      const angle = Math.fround((f < n ? rows[i] : columns[i]) * frequency[f % n]);
+      cos[i * half + f] = Math.cos(angle);
+      sin[i * half + f] = Math.sin(angle);
+    }
+}
+
+/** Least recently used pictures go when the rows of all exceed `maxBytes`. */
+export class ImageStore {
+  readonly #runtime: Runtime;
+  readonly #model: Model;
+  readonly #maxBytes: number;
+  readonly #images = new Map<string, ImageRows>();
+  #bytes = 0;
+
+  constructor(runtime: Runtime, model: Model, maxBytes = 256 << 20) {
+    this.#runtime = runtime;
+    this.#model = model;
+    this.#maxBytes = maxBytes;
+  }
+
+  /** The picture, which now counts as used last; undefined when it is not held. */
+  get(hash: string): ImageRows | undefined {
+    const image = this.#images.get(hash);
+    if (image) {
+      this.#images.delete(hash);
+      this.#images.set(hash, image);
+    }
+    return image;
+  }
+
+  has(hash: string): boolean {
+    return this.#images.has(hash);
+  }
+
+  /** Decodes and encodes an image; ApiError 400 says what is wrong with it. */
+  async put(hash: string, bytes: Uint8Array): Promise<void> {
+    if (this.has(hash)) return;
+    const image = encodePicture(this.#runtime, this.#model, await decodeImage(bytes));
+    this.#images.set(hash, image);
+    this.#bytes += image.rows.byteLength;
+    for (const [old, { rows }] of this.#images) {
+      if (this.#bytes <= this.#maxBytes || old === hash) break;
+      this.#images.delete(old);
+      this.#bytes -= rows.byteLength;
+    }
+  }
+}

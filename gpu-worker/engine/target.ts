@@ -1,0 +1,114 @@
+/** The big model: prefill, scoring of trees, commit of the accepted path. Knows sessions and memory, no drafter or sampler. */
+import type { Model } from "../model/model.ts";
+import type { ExpandedPrompt } from "../model/qwen/positions.ts";
+import { frequencies, ropeTable } from "../model/rope.ts";
+import { SequenceCache } from "./cache.ts";
+import { Context } from "./context.ts";
+import type { Runtime } from "./runtime.ts";
+
+/** Most tokens of one prefill pass: bounds the attention bias, chunk × capacity. */
+const PREFILL_CHUNK = 512;
+
+/** A prompt whose pictures went through the vision tower: [count, D] rows in the order of `expanded.images`. */
+export interface Prompt {
+  expanded: ExpandedPrompt;
+  imageRows: Float32Array[];
+}
+
+export class Target {
+  readonly #runtime: Runtime;
+  readonly #model: Model;
+  /** Angles for every position, computed once: rows are copied into each sequence's table. */
+  readonly #rope: { cos: Float32Array; sin: Float32Array };
+
+  constructor(runtime: Runtime, model: Model) {
+    this.#runtime = runtime;
+    this.#model = model;
+    const { language, contextLength, ropeTheta } = model.config;
+    this.#rope = ropeTable(contextLength, frequencies(language.headSize, ropeTheta));
+  }
+
+  /** Runs the prompt; `maxTree` is the largest tree that will be scored, `room` the most tokens that will be added. */
+  prefill(prompt: Prompt, room: number, maxTree: number): Context {
+    const { expanded } = prompt;
+    const { language } = this.#model.config;
+    const length = expanded.tokens.length;
+    const cache = new SequenceCache(this.#runtime, language, length + room + maxTree, maxTree, "f32");
+    const hidden = this.#runtime.tensor("f32", Math.max(length, maxTree) * language.hidden, "device");
+    const context = new Context(this.#runtime, this.#model, prompt, cache, hidden, maxTree);
+    this.#fillRope(cache, expanded);
+    for (let from = 0; from < length; from += PREFILL_CHUNK)
+      this.#prefillChunk(context, from, Math.min(length, from + PREFILL_CHUNK));
+    return context;
+  }
+
+  #prefillChunk(context: Context, from: number, to: number): void {
+    const { prompt, cache, hidden } = context;
+    const { hidden: width, vocabulary } = this.#model.config.language;
+    const n = to - from;
+    const last = to === prompt.expanded.tokens.length;
+    const runtime = this.#runtime;
+    using ids = runtime.tensor("i64", n);
+    using positions = runtime.tensor("i64", n);
+    using bias = runtime.tensor("f32", n * cache.capacity);
+    using logitRows = runtime.tensor("i64", 1);
+    const images = imageRowsOf(prompt, from, to, width);
+    using imageRows = runtime.tensor("f32", images.rows.length);
+    using imageIndex = runtime.tensor("i64", images.index.length);
+    imageRows.f32.set(images.rows);
+    imageIndex.i64.set(images.index);
+    const [idValues, positionValues] = [ids.i64, positions.i64];
+    for (let i = 0; i < n; i++) {
+      idValues[i] = BigInt(prompt.expanded.tokens[from + i]);
+      positionValues[i] = BigInt(from + i);
+    }
+    logitRows.i64[0] = BigInt(n - 1);
+    cache.causal(n);
+    using binding = this.#model.language.binding();
+    cache.bind(binding, n, bias);
+    binding
+      .input("ids", ids, [n])
+      .input("positions", positions, [1, n])
+      .input("logit_rows", logitRows, [last ? 1 : 0]);
+    binding.input("image_rows", imageRows, [images.index.length, width]);
+    binding.input("image_index", imageIndex, [images.index.length, 1]);
+    binding.output("hidden", hidden, [n, width], from * width);
+    binding.output("logits", context.logits, [last ? 1 : 0, vocabulary]);
+    binding.run();
+    cache.length += n;
+  }
+
+  /** Angles of each token by its index: the prompt's by their three rows of positions, later ones by index + delta. */
+  #fillRope(cache: SequenceCache, { positions, delta, tokens }: ExpandedPrompt): void {
+    const half = this.#model.config.language.headSize / 2;
+    const axis = this.#model.config.mropeSection.flatMap((n, i) => new Array<number>(n).fill(i));
+    for (const [table, all] of [
+      [cache.cos.f32, this.#rope.cos],
+      [cache.sin.f32, this.#rope.sin],
+    ]) {
+      for (let i = 0; i < tokens.length; i++)
+        for (let f = 0; f < half; f++) table[i * half + f] = all[positions[axis[f]][i] * half + f];
+      const from = tokens.length;
+      table.set(all.subarray((from + delta) * half, (cache.capacity + delta) * half), from * half);
+    }
+  }
+}
+
+/** The image rows and their places within tokens from … to of a prompt. */
+function imageRowsOf({ expanded, imageRows }: Prompt, from: number, to: number, width: number) {
+  const index: bigint[] = [];
+  const pieces: Float32Array[] = [];
+  for (const [i, { at, count }] of expanded.images.entries()) {
+    const [start, end] = [Math.max(at, from), Math.min(at + count, to)];
+    if (start >= end) continue;
+    for (let t = start; t < end; t++) index.push(BigInt(t - from));
+    pieces.push(imageRows[i].subarray((start - at) * width, (end - at) * width));
+  }
+  const rows = new Float32Array(index.length * width);
+  let offset = 0;
+  for (const piece of pieces) {
+    rows.set(piece, offset);
+    offset += piece.length;
+  }
+  return { index, rows };
+}

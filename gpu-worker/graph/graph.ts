@@ -1,0 +1,105 @@
+/** A computation as plain data: values, nodes, weights. Knows nothing of ONNX's encoding or of what operators mean. */
+import type { DType } from "../engine/runtime.ts";
+
+/** A size, or the name of one that a run decides. */
+export type Dim = number | string;
+
+export interface Value {
+  readonly name: string;
+  readonly dtype: DType;
+  readonly shape: readonly Dim[];
+}
+
+export type Attribute = number | string | readonly number[] | { readonly float: number };
+
+export interface Node {
+  readonly op: string;
+  readonly domain: string;
+  /** null stands for an optional input that is left out. */
+  readonly inputs: readonly (Value | null)[];
+  readonly outputs: readonly Value[];
+  readonly attributes: Readonly<Record<string, Attribute>>;
+}
+
+/** A tensor inside a file, as safetensors stores it. */
+export interface StoredTensor {
+  readonly name: string;
+  /** Absolute path. */
+  readonly file: string;
+  readonly dtype: DType;
+  readonly shape: readonly number[];
+  /** Of its first byte in the file. */
+  readonly offset: number;
+  readonly bytes: number;
+}
+
+export interface Constant {
+  readonly value: Value;
+  readonly bytes: Uint8Array;
+}
+
+/** Collects a graph. Operators (ops/) add nodes through `node`; the numbers of weights stay in their files. */
+export class Graph {
+  readonly inputs: Value[] = [];
+  readonly outputs: Value[] = [];
+  readonly nodes: Node[] = [];
+  readonly weights = new Map<string, { value: Value; stored: StoredTensor }>();
+  readonly constants: Constant[] = [];
+  /** What activations are computed in. */
+  readonly dtype: DType;
+  #count = 0;
+
+  constructor(dtype: DType) {
+    this.dtype = dtype;
+  }
+
+  input(name: string, dtype: DType, shape: readonly Dim[]): Value {
+    const value = { name, dtype, shape };
+    this.inputs.push(value);
+    return value;
+  }
+
+  /** Makes `value` an output under its own name. */
+  output(name: string, value: Value): void {
+    const [renamed] = this.node("Identity", [value], [{ dtype: value.dtype, shape: value.shape, name }]);
+    this.outputs.push(renamed);
+  }
+
+  /** A stored tensor as it is in its file; the same one twice is the same value. */
+  weight(stored: StoredTensor): Value {
+    const key = `${stored.file}:${stored.name}`;
+    const known = this.weights.get(key);
+    if (known) return known.value;
+    const value = { name: `w${this.weights.size}.${stored.name}`, dtype: stored.dtype, shape: stored.shape };
+    this.weights.set(key, { value, stored });
+    return value;
+  }
+
+  /** Small integers that the graph itself holds (shapes, axes). */
+  ints(values: readonly number[]): Value {
+    const value: Value = { name: `c${this.#count++}`, dtype: "i64", shape: [values.length] };
+    this.constants.push({ value, bytes: new Uint8Array(BigInt64Array.from(values, BigInt).buffer) });
+    return value;
+  }
+
+  /** A few numbers in the graph's own type. */
+  floats(values: readonly number[]): Value {
+    const value: Value = { name: `c${this.#count++}`, dtype: "f32", shape: [values.length] };
+    this.constants.push({ value, bytes: new Uint8Array(Float32Array.from(values).buffer) });
+    if (this.dtype === "f32") return value;
+    const to = this.dtype === "f16" ? 10 : 16;
+    return this.node("Cast", [value], [{ dtype: this.dtype, shape: value.shape }], { to })[0];
+  }
+
+  node(
+    op: string,
+    inputs: readonly (Value | null)[],
+    outputs: readonly { dtype: DType; shape: readonly Dim[]; name?: string }[],
+    attributes: Record<string, Attribute> = {},
+    domain = "",
+  ): Value[] {
+    const values = outputs.map(({ dtype, shape, name }) => ({ name: name ?? `v${this.#count++}`, dtype, shape }));
+    this.nodes.push({ op, domain, inputs, outputs: values, attributes });
+    return values;
+  }
+}

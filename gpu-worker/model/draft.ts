@@ -1,0 +1,144 @@
+/** ViSpec's draft model as graphs (design: "ViSpec", NeurIPS 2025, sections 3.2 and 3.3; layout of the published checkpoints). */
+import { join } from "node:path";
+import { z } from "zod";
+import type { DType } from "../engine/runtime.ts";
+import { Graph, type Value } from "../graph/graph.ts";
+import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
+import { gemm, matMul } from "../ops/matmul.ts";
+import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts";
+import { parseConfig } from "./config.ts";
+import type { LanguageConfig } from "./language.ts";
+import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
+import { CheckpointError, readJson, Weights } from "./weights.ts";
+
+const DraftJson = z.object({
+  hidden_size: z.int().positive(),
+  intermediate_size: z.int().positive(),
+  num_attention_heads: z.int().positive(),
+  num_hidden_layers: z.literal(1),
+  rms_norm_eps: z.number(),
+  rope_theta: z.number().default(10000),
+  vocab_size: z.int().positive(),
+  qkv_bias: z.boolean().default(false),
+});
+
+export interface DraftConfig extends DecoderLayerConfig {
+  ropeTheta: number;
+  vocabulary: number;
+  /** Queries of the vision adaptor: num_q - 1 rows an image, and the global vector. */
+  queries: number;
+}
+
+/** A draft checkpoint's config and weights, checked against the target it is to draft for. */
+export function loadDraft(folder: string, target: LanguageConfig): { config: DraftConfig; weights: Weights } {
+  const file = join(folder, "config.json");
+  const json = parseConfig(DraftJson, readJson(file), file);
+  const checks: [string, number, number][] = [
+    ["hidden_size", json.hidden_size, target.hidden],
+    ["vocab_size", json.vocab_size, target.vocabulary],
+  ];
+  for (const [field, draft, wanted] of checks)
+    if (draft !== wanted)
+      throw new CheckpointError(
+        `${file}: the draft does not fit its target: ${field} is ${draft}, the target's ${wanted}`,
+      );
+  const weights = new Weights(folder);
+  const headSize = json.hidden_size / json.num_attention_heads;
+  const queries = weights.shape("imadpt.q")[0];
+  weights.get("imadpt.q", [queries, json.num_attention_heads, headSize]);
+  const config: DraftConfig = {
+    hidden: json.hidden_size,
+    inner: json.intermediate_size,
+    heads: json.num_attention_heads,
+    kvHeads: json.num_attention_heads,
+    headSize,
+    qkvBias: json.qkv_bias,
+    epsilon: json.rms_norm_eps,
+    ropeTheta: json.rope_theta,
+    vocabulary: json.vocab_size,
+    queries,
+  };
+  return { config, weights };
+}
+
+const parts = (w: Weights, d: number) => ({
+  fc: w.get("fc.weight", [d, 2 * d]),
+  fcBias: w.get("fc.bias", [d]),
+  imgFc: w.get("img_fc.weight", [d, 2 * d]),
+  imgFcBias: w.get("img_fc.bias", [d]),
+});
+
+/**
+ * One pass of the draft layer over T rows. `fc([e ; img_fc([h ; g])])` is folded into one product with [e ; h] and a
+ * bias that holds the global vector's share (`draftBiasGraph`); the fold is computed once, when the session loads.
+ * Inputs: ids i64 [T]; hidden [N,D] and hidden_rows i64 [T]: which hidden state goes with each id; keep [T,1]: 0 where
+ * the row is the adaptor's, which then comes in as its bias; row_bias [B,D], B = 1 or T; logit_rows i64 [K]; k i64 [1];
+ * the cache inputs. Outputs: out [T,D], not normed; log_probs [K,k] and tokens i64 [K,k], the k likeliest in order.
+ */
+export function draftGraph(c: DraftConfig, w: Weights, head: { weights: Weights; name: string }, dtype: DType): Graph {
+  const g = new Graph(dtype);
+  const d = c.hidden;
+  const ids = g.input("ids", "i64", ["T"]);
+  const hidden = g.input("hidden", dtype, ["N", d]);
+  const hiddenRows = g.input("hidden_rows", "i64", ["T"]);
+  const keep = g.input("keep", dtype, ["T", 1]);
+  const rowBias = g.input("row_bias", dtype, ["B", d]);
+  const logitRows = g.input("logit_rows", "i64", ["K"]);
+  const k = g.input("k", "i64", [1]);
+  const cache = cacheInputs(g, c.headSize);
+
+  const { fc, imgFc } = parts(w, d);
+  const fcHidden = slice(g, parameter(g, fc), 1, d, 2 * d);
+  const imgHidden = slice(g, parameter(g, imgFc), 1, 0, d);
+  const folded = concat(g, [slice(g, parameter(g, fc), 1, 0, d), matMul(g, fcHidden, imgHidden)], 1);
+  const table = parameter(g, w.get("embed_tokens.weight", [c.vocabulary, d]));
+  const pair = concat(g, [gather(g, table, ids), gather(g, hidden, hiddenRows)], 1);
+  const fused = gemm(g, mul(g, pair, keep), folded, rowBias);
+
+  const x = reshape(g, fused, [1, -1, d], "T");
+  const attended = cachedAttention(g, x, w, "layers.0.self_attn", 0, cache, c);
+  const [mlp, sum] = mlpBlock(g, attended, x, w, "layers.0", c);
+  const out = reshape(g, add(g, mlp, sum), [-1, d], "T");
+  const logits = linear(g, gather(g, out, logitRows), [head.weights.get(head.name, [c.vocabulary, d])]);
+  const [logProbs, tokens] = topK(g, logSoftmax(g, logits), k);
+  g.output("out", out);
+  g.output("log_probs", logProbs);
+  g.output("tokens", tokens);
+  return g;
+}
+
+/** The global vector's share of every text row: fc_h · (img_fc_g · g + b_img) + b. global [1,D] to bias [1,D]. */
+export function draftBiasGraph(c: DraftConfig, w: Weights, dtype: DType): Graph {
+  const g = new Graph(dtype);
+  const d = c.hidden;
+  const { fc, fcBias, imgFc, imgFcBias } = parts(w, d);
+  const half = (x: Value) => slice(g, x, 1, d, 2 * d);
+  const global = g.input("global", dtype, [1, d]);
+  const image = gemm(g, global, half(parameter(g, imgFc)), parameter(g, imgFcBias));
+  g.output("bias", gemm(g, image, half(parameter(g, fc)), parameter(g, fcBias)));
+  return g;
+}
+
+/**
+ * The vision adaptor: num_q learned queries attend to the input embeddings of one run of image tokens.
+ * rows [n,D] to out [num_q,D]; no rotary embedding, no residual.
+ */
+export function adaptorGraph(c: DraftConfig, w: Weights, dtype: DType): Graph {
+  const g = new Graph(dtype);
+  const d = c.hidden;
+  const rows = g.input("rows", dtype, ["n", d]);
+  const project = (part: string) => {
+    const bias = c.qkvBias ? [w.get(`imadpt.${part}_proj.bias`, [d])] : [];
+    const y = linear(g, rows, [w.get(`imadpt.${part}_proj.weight`, [d, d])], bias);
+    return reshape(g, y, [-1, c.heads, c.headSize], "n");
+  };
+  // [num_q,heads,head] as [heads,num_q,head], scaled once: this is folded when the session loads.
+  const query = parameter(g, w.get("imadpt.q", [c.queries, c.heads, c.headSize]));
+  const scale = g.floats([c.headSize ** -0.5]);
+  const scaled = transpose(g, mul(g, query, scale), [1, 0, 2]);
+  const scores = softmax(g, matMul(g, scaled, transpose(g, project("k"), [1, 2, 0])));
+  const mixed = matMul(g, scores, transpose(g, project("v"), [1, 0, 2]));
+  const joined = reshape(g, transpose(g, mixed, [1, 0, 2]), [c.queries, d]);
+  g.output("out", linear(g, joined, [w.get("imadpt.o_proj.weight", [d, d])]));
+  return g;
+}

@@ -1,0 +1,55 @@
+/** The target's decoder as a graph: Qwen2 and Llama layers over a KV cache. Knows no image and no tree. */
+
+import type { DType } from "../engine/runtime.ts";
+import { Graph } from "../graph/graph.ts";
+import { addRmsNorm, rmsNorm } from "../ops/norm.ts";
+import { gather, reshape, scatterRows } from "../ops/shape.ts";
+import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
+import type { Weights } from "./weights.ts";
+
+export interface LanguageConfig extends DecoderLayerConfig {
+  layers: number;
+  vocabulary: number;
+  tiedEmbeddings: boolean;
+}
+
+/** Checkpoint names of the decoder's parts. */
+export interface LanguageNames {
+  /** Prefix of embed_tokens, layers and norm. */
+  model: string;
+  head: string;
+}
+
+export const QWEN_NAMES: LanguageNames = { model: "model", head: "lm_head" };
+
+/**
+ * One pass over T tokens after those in the cache (Qwen2_5_VLTextModel and lm_head).
+ * Inputs: ids i64 [T]; image_rows [R,D] that take the places image_index i64 [R,1] of the embeddings; logit_rows i64 [K]:
+ * the rows that logits are wanted of; the cache inputs. Outputs: hidden [T,D] after the final norm; logits f32 [K,V].
+ */
+export function languageGraph(c: LanguageConfig, w: Weights, dtype: DType, names = QWEN_NAMES): Graph {
+  const g = new Graph(dtype);
+  const ids = g.input("ids", "i64", ["T"]);
+  const imageRows = g.input("image_rows", dtype, ["R", c.hidden]);
+  const imageIndex = g.input("image_index", "i64", ["R", 1]);
+  const logitRows = g.input("logit_rows", "i64", ["K"]);
+  const cache = cacheInputs(g, c.headSize);
+  const table = w.get(`${names.model}.embed_tokens.weight`, [c.vocabulary, c.hidden]);
+  const embedded = scatterRows(g, gather(g, parameter(g, table), ids), imageIndex, imageRows);
+  const norm = (name: string) => parameter(g, w.get(`${name}.weight`, [c.hidden]));
+
+  let residual = reshape(g, embedded, [1, -1, c.hidden], "T");
+  let x = rmsNorm(g, residual, norm(`${names.model}.layers.0.input_layernorm`), c.epsilon);
+  for (let i = 0; i < c.layers; i++) {
+    const layer = `${names.model}.layers.${i}`;
+    const attended = cachedAttention(g, x, w, `${layer}.self_attn`, i, cache, c);
+    const [mlp, sum] = mlpBlock(g, attended, residual, w, layer, c);
+    const next = i + 1 < c.layers ? `${names.model}.layers.${i + 1}.input_layernorm` : `${names.model}.norm`;
+    [x, residual] = addRmsNorm(g, mlp, sum, norm(next), c.epsilon);
+  }
+  const hidden = reshape(g, x, [-1, c.hidden], "T");
+  const head = c.tiedEmbeddings ? table : w.get(`${names.head}.weight`, [c.vocabulary, c.hidden]);
+  g.output("hidden", hidden);
+  g.output("logits", linear(g, gather(g, hidden, logitRows), [head]));
+  return g;
+}

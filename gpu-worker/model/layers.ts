@@ -1,0 +1,108 @@
+/** Layers that several models share, over weights by their checkpoint names. */
+import type { Graph, StoredTensor, Value } from "../graph/graph.ts";
+import { type CacheInputs, groupQueryAttention } from "../ops/attention.ts";
+import { add, cast, mul, silu } from "../ops/elementwise.ts";
+import { matMul } from "../ops/matmul.ts";
+import { addRmsNorm } from "../ops/norm.ts";
+import { concat, split, transpose } from "../ops/shape.ts";
+import type { Weights } from "./weights.ts";
+
+/** A stored tensor in the graph's own type. Casts and transpositions of weights are done once, when a session loads. */
+export function parameter(g: Graph, stored: StoredTensor): Value {
+  return cast(g, g.weight(stored), g.dtype);
+}
+
+/** x · Wᵀ (+ b) for one or several stored [out,in] matrices side by side, e.g. q, k and v in one product. */
+export function linear(g: Graph, x: Value, weights: StoredTensor[], biases: StoredTensor[] = []): Value {
+  const side = (tensors: StoredTensor[]) => {
+    const values = tensors.map((t) => parameter(g, t));
+    return concat(g, values, 0);
+  };
+  const y = matMul(g, x, transpose(g, side(weights), [1, 0]));
+  return biases.length ? add(g, y, side(biases)) : y;
+}
+
+/** down(silu(gate(x)) · up(x)); tensors `${name}.gate_proj` and so on. */
+export function gatedMlp(
+  g: Graph,
+  x: Value,
+  w: Weights,
+  name: string,
+  size: number,
+  inner: number,
+  bias = false,
+): Value {
+  const matrix = (part: string) =>
+    w.get(`${name}.${part}_proj.weight`, part === "down" ? [size, inner] : [inner, size]);
+  const vector = (part: string) => w.get(`${name}.${part}_proj.bias`, [part === "down" ? size : inner]);
+  const both = linear(g, x, [matrix("gate"), matrix("up")], bias ? [vector("gate"), vector("up")] : []);
+  const [gate, up] = split(g, both, [inner, inner]);
+  return linear(g, mul(g, silu(g, gate), up), [matrix("down")], bias ? [vector("down")] : []);
+}
+
+export interface DecoderLayerConfig {
+  hidden: number;
+  inner: number;
+  heads: number;
+  kvHeads: number;
+  headSize: number;
+  qkvBias: boolean;
+  epsilon: number;
+}
+
+/** Self-attention over the KV cache `layer`, whose memory becomes inputs and outputs of the graph. x [1,T,hidden]. */
+export function cachedAttention(
+  g: Graph,
+  x: Value,
+  w: Weights,
+  name: string,
+  layer: number,
+  cache: CacheInputs,
+  c: DecoderLayerConfig,
+): Value {
+  const { hidden, heads, kvHeads, headSize } = c;
+  const rows = { q: heads * headSize, k: kvHeads * headSize, v: kvHeads * headSize };
+  const matrices = Object.entries(rows).map(([p, n]) => w.get(`${name}.${p}_proj.weight`, [n, hidden]));
+  const biases = Object.entries(rows).map(([p, n]) => c.qkvBias && w.get(`${name}.${p}_proj.bias`, [n]));
+  const qkv = linear(
+    g,
+    x,
+    matrices,
+    biases.filter((b) => b !== false),
+  );
+  const shape = [1, kvHeads, "M", headSize];
+  const past = { key: g.input(`key.${layer}`, g.dtype, shape), value: g.input(`value.${layer}`, g.dtype, shape) };
+  const { out, key, value } = groupQueryAttention(g, qkv, past, cache, {
+    query: heads,
+    keyValue: kvHeads,
+    size: headSize,
+  });
+  g.outputs.push(key, value);
+  return linear(g, out, [w.get(`${name}.o_proj.weight`, [hidden, heads * headSize])]);
+}
+
+/** The inputs of a pass over a KV cache, declared once a graph. */
+export function cacheInputs(g: Graph, headSize: number): CacheInputs {
+  return {
+    lastRow: g.input("last_row", "i32", [1]),
+    capacity: g.input("capacity", "i32", [1]),
+    cos: g.input("cos", g.dtype, ["R", headSize / 2]),
+    sin: g.input("sin", g.dtype, ["R", headSize / 2]),
+    positions: g.input("positions", "i64", [1, "T"]),
+    bias: g.input("bias", g.dtype, [1, 1, "T", "M"]),
+  };
+}
+
+/** The second half of a decoder layer: x + residual, norm, MLP. Gives the MLP's output and the sum before the norm. */
+export function mlpBlock(
+  g: Graph,
+  x: Value,
+  residual: Value,
+  w: Weights,
+  name: string,
+  c: DecoderLayerConfig,
+): [Value, Value] {
+  const weight = parameter(g, w.get(`${name}.post_attention_layernorm.weight`, [c.hidden]));
+  const [norm, sum] = addRmsNorm(g, x, residual, weight, c.epsilon);
+  return [gatedMlp(g, norm, w, `${name}.mlp`, c.hidden, c.inner), sum];
+}

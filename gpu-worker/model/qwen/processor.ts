@@ -1,0 +1,153 @@
+/** From an RGB picture to the patches of Qwen2.5-VL's vision tower, as Hugging Face's Qwen2VLImageProcessor (Pillow backend) makes them. */
+import { z } from "zod";
+import { ApiError } from "../../../shared/errors.ts";
+import type { Picture } from "../../input/decode.ts";
+import { resizeBicubic } from "../../input/resize.ts";
+
+const MAX_ASPECT_RATIO = 200;
+
+const three = z.tuple([z.number(), z.number(), z.number()]);
+const always = z.literal(true).optional();
+
+const Stored = z.object({
+  // Older files name the limits min_pixels and max_pixels, newer ones size.shortest_edge and size.longest_edge (pixels, for all their names).
+  min_pixels: z.int().positive().nullish(),
+  max_pixels: z.int().positive().nullish(),
+  size: z
+    .object({ shortest_edge: z.int().positive().optional(), longest_edge: z.int().positive().optional() })
+    .nullish(),
+  patch_size: z.int().positive().default(14),
+  temporal_patch_size: z.int().positive().default(2),
+  merge_size: z.int().positive().default(2),
+  image_mean: three,
+  image_std: three,
+  rescale_factor: z
+    .number()
+    .positive()
+    .default(1 / 255),
+  // Steps that are always done here: a model that wants them otherwise is refused when it is loaded.
+  do_resize: always,
+  do_rescale: always,
+  do_normalize: always,
+  do_convert_rgb: always,
+  resample: z.literal(3, "only bicubic resampling (3) is supported").optional(),
+});
+
+/** Parses a model's preprocessor_config.json; limits default to those of the Hugging Face class (56² and 28²·1280 pixels). */
+export const ProcessorConfig = Stored.transform((s) => ({
+  minPixels: s.min_pixels ?? s.size?.shortest_edge ?? 56 * 56,
+  maxPixels: s.max_pixels ?? s.size?.longest_edge ?? 28 * 28 * 1280,
+  patchSize: s.patch_size,
+  temporalPatchSize: s.temporal_patch_size,
+  mergeSize: s.merge_size,
+  mean: s.image_mean,
+  std: s.image_std,
+  rescaleFactor: s.rescale_factor,
+})).refine((c) => c.minPixels <= c.maxPixels, "min_pixels must not exceed max_pixels");
+export type ProcessorConfig = z.infer<typeof ProcessorConfig>;
+
+/** Patches in time, height and width. */
+export type Grid = [t: number, h: number, w: number];
+
+export interface ProcessedImage {
+  /** [t·h·w, 3·temporalPatchSize·patchSize²] float32, in merge-block order. */
+  pixels: Float32Array;
+  grid: Grid;
+}
+
+/**
+ * The size in pixels that a picture is resized to: multiples of `factor`, about the same aspect ratio, an area within
+ * the limits where that is possible. As smart_resize of Hugging Face's image_processing_qwen2_vl.
+ * Throws ApiError 400 for an aspect ratio over 200.
+ */
+export function smartResize(
+  width: number,
+  height: number,
+  factor: number,
+  minPixels: number,
+  maxPixels: number,
+): { width: number; height: number } {
+  const ratio = Math.max(width, height) / Math.min(width, height);
+  if (ratio > MAX_ASPECT_RATIO) {
+    const message = `The image's aspect ratio must not exceed ${MAX_ASPECT_RATIO}, but ${width}x${height} has ${Number(ratio.toFixed(2))}.`;
+    throw new ApiError(400, message, { code: "invalid_image" });
+  }
+  const rounded = { width: roundHalfEven(width / factor) * factor, height: roundHalfEven(height / factor) * factor };
+  const area = rounded.width * rounded.height;
+  if (area > maxPixels) {
+    const shrink = Math.sqrt((height * width) / maxPixels);
+    const edge = (n: number) => Math.max(factor, Math.floor(n / shrink / factor) * factor);
+    return { width: edge(width), height: edge(height) };
+  }
+  if (area < minPixels) {
+    const grow = Math.sqrt(minPixels / (height * width));
+    const edge = (n: number) => Math.ceil((n * grow) / factor) * factor;
+    return { width: edge(width), height: edge(height) };
+  }
+  return rounded;
+}
+
+/** Python's round(): halves go to the even neighbour. */
+function roundHalfEven(x: number): number {
+  const floor = Math.floor(x);
+  const rest = x - floor;
+  return rest < 0.5 || (rest === 0.5 && floor % 2 === 0) ? floor : floor + 1;
+}
+
+/** Prompt tokens that stand for an image of this grid. */
+export function imageTokens(grid: Grid, config: ProcessorConfig): number {
+  return (grid[0] * grid[1] * grid[2]) / config.mergeSize ** 2;
+}
+
+/**
+ * Resizes, normalizes and cuts a picture into patches. Patches come in merge blocks (mergeSize² neighbours together,
+ * blocks row by row), each as [channel, frame, row, column] with the one frame repeated. Throws as smartResize.
+ */
+export function processImage(picture: Picture, config: ProcessorConfig): ProcessedImage {
+  const factor = config.patchSize * config.mergeSize;
+  const size = smartResize(picture.width, picture.height, factor, config.minPixels, config.maxPixels);
+  const resized = resizeBicubic(picture, size.width, size.height);
+  const [rows, columns] = [size.height / config.patchSize, size.width / config.patchSize];
+  const perPatch = 3 * config.temporalPatchSize * config.patchSize ** 2;
+  const pixels = new Float32Array(rows * columns * perPatch);
+  const tables = [0, 1, 2].map((channel) => normalized(config, channel));
+  const merge = config.mergeSize;
+  let at = 0;
+  for (let top = 0; top < rows; top += merge)
+    for (let left = 0; left < columns; left += merge)
+      for (let i = 0; i < merge * merge; i++, at += perPatch)
+        writePatch(pixels, at, resized, top + Math.floor(i / merge), left + (i % merge), tables, config);
+  return { pixels, grid: [1, rows, columns] };
+}
+
+/** The float32 value of each of the 256 levels; every step rounds to float32, as numpy does. */
+function normalized(config: ProcessorConfig, channel: number): Float32Array {
+  const mean = Math.fround(config.mean[channel]);
+  const std = Math.fround(config.std[channel]);
+  return Float32Array.from(
+    { length: 256 },
+    (_, level) => Math.fround(Math.fround(level * config.rescaleFactor) - mean) / std,
+  );
+}
+
+/** Writes the patch in the given row and column of patches to `pixels` from `at` on. */
+function writePatch(
+  pixels: Float32Array,
+  at: number,
+  from: Picture,
+  row: number,
+  column: number,
+  tables: Float32Array[],
+  { patchSize, temporalPatchSize }: ProcessorConfig,
+): void {
+  const frame = patchSize * patchSize;
+  for (let channel = 0; channel < 3; channel++) {
+    const table = tables[channel];
+    const start = at;
+    for (let y = 0; y < patchSize; y++) {
+      let source = ((row * patchSize + y) * from.width + column * patchSize) * 3 + channel;
+      for (let x = 0; x < patchSize; x++, source += 3) pixels[at++] = table[from.rgb[source]];
+    }
+    for (let t = 1; t < temporalPatchSize; t++, at += frame) pixels.copyWithin(at, start, start + frame);
+  }
+}

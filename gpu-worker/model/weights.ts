@@ -1,0 +1,103 @@
+/** Finds tensors in a checkpoint's safetensors files. Reads their headers only; the numbers never pass through here. */
+import { closeSync, existsSync, openSync, readFileSync, readSync, statSync } from "node:fs";
+import { join, resolve } from "node:path";
+import { DTYPES, type DType } from "../engine/runtime.ts";
+import type { StoredTensor } from "../graph/graph.ts";
+
+/** A checkpoint that cannot be used as it is; the message names the file and the field or tensor. */
+export class CheckpointError extends Error {
+  override name = "CheckpointError";
+}
+
+const STORED: Record<string, DType> = { F32: "f32", F16: "f16", BF16: "bf16" };
+const MAX_HEADER = 100 << 20;
+
+interface Entry {
+  dtype: string;
+  shape: number[];
+  data_offsets: [number, number];
+}
+
+/** JSON of a file; CheckpointError names the file when it is missing or malformed. */
+export function readJson(file: string): unknown {
+  try {
+    return JSON.parse(readFileSync(file, "utf8"));
+  } catch (error) {
+    const missing = (error as NodeJS.ErrnoException).code === "ENOENT";
+    throw new CheckpointError(missing ? `${file} is missing` : `${file}: ${(error as Error).message}`, {
+      cause: error,
+    });
+  }
+}
+
+function readHeader(file: string): { header: Record<string, Entry>; start: number; size: number } {
+  const descriptor = openSync(file, "r");
+  try {
+    const size = statSync(file).size;
+    const prefix = Buffer.alloc(8);
+    const length = readSync(descriptor, prefix, 0, 8, 0) === 8 ? Number(prefix.readBigUInt64LE()) : -1;
+    if (length < 2 || length > MAX_HEADER || 8 + length > size)
+      throw new CheckpointError(`${file} is not a safetensors file or is truncated in its header (${size} bytes)`);
+    const text = Buffer.alloc(length);
+    readSync(descriptor, text, 0, length, 8);
+    return { header: JSON.parse(text.toString()), start: 8 + length, size };
+  } catch (error) {
+    if (error instanceof SyntaxError) throw new CheckpointError(`${file}: header is no JSON`, { cause: error });
+    throw error;
+  } finally {
+    closeSync(descriptor);
+  }
+}
+
+function addFile(file: string, tensors: Map<string, StoredTensor>): void {
+  const { header, start, size } = readHeader(file);
+  for (const [name, entry] of Object.entries(header)) {
+    if (name === "__metadata__") continue;
+    const dtype = STORED[entry.dtype];
+    if (!dtype) throw new CheckpointError(`${file}: tensor ${name} is ${entry.dtype}; F32, F16 and BF16 can be read`);
+    const [from, to] = entry.data_offsets;
+    const bytes = entry.shape.reduce((a, b) => a * b, 1) * DTYPES[dtype].bytes;
+    if (to - from !== bytes)
+      throw new CheckpointError(`${file}: tensor ${name} [${entry.shape}] has ${to - from} bytes, not ${bytes}`);
+    if (start + to > size)
+      throw new CheckpointError(`${file} is truncated: tensor ${name} ends at byte ${start + to} of ${size}`);
+    tensors.set(name, { name, file, dtype, shape: entry.shape, offset: start + from, bytes });
+  }
+}
+
+/** The tensors of model.safetensors, or of the shards that model.safetensors.index.json names. */
+export class Weights {
+  readonly folder: string;
+  readonly #tensors = new Map<string, StoredTensor>();
+
+  constructor(folder: string) {
+    this.folder = resolve(folder);
+    const single = join(this.folder, "model.safetensors");
+    const index = `${single}.index.json`;
+    if (existsSync(single)) addFile(single, this.#tensors);
+    else if (existsSync(index)) {
+      const { weight_map: map } = readJson(index) as { weight_map?: Record<string, string> };
+      if (!map) throw new CheckpointError(`${index}: no weight_map`);
+      for (const shard of new Set(Object.values(map))) {
+        const file = join(this.folder, shard);
+        if (!existsSync(file)) throw new CheckpointError(`${index} names ${shard}, which is missing`);
+        addFile(file, this.#tensors);
+      }
+    } else throw new CheckpointError(`${this.folder} has neither model.safetensors nor model.safetensors.index.json`);
+  }
+
+  shape(name: string): readonly number[] {
+    const tensor = this.#tensors.get(name);
+    if (!tensor) throw new CheckpointError(`${this.folder}: tensor ${name} is missing`);
+    return tensor.shape;
+  }
+
+  /** The tensor of that name, which must have that shape. */
+  get(name: string, shape: readonly number[]): StoredTensor {
+    const tensor = this.#tensors.get(name);
+    if (!tensor) throw new CheckpointError(`${this.folder}: tensor ${name} [${shape}] is missing`);
+    if (`${tensor.shape}` !== `${shape}`)
+      throw new CheckpointError(`${tensor.file}: tensor ${name} is [${tensor.shape}], its config asks for [${shape}]`);
+    return tensor;
+  }
+}

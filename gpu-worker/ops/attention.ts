@@ -1,0 +1,63 @@
+/** Attention, in ONNX Runtime's fused kernels. */
+import type { Graph, Value } from "../graph/graph.ts";
+
+/** What every layer of a cached decoder pass shares. T tokens, M rows of room in the cache. */
+export interface CacheInputs {
+  /** i32 [1]: rows in use after this pass, minus one. */
+  lastRow: Value;
+  /** i32 [1], on the host: M. */
+  capacity: Value;
+  /** [M, head/2] each, indexed by `positions`. */
+  cos: Value;
+  sin: Value;
+  /** i64 [1,T]: the row of cos and sin for each token. */
+  positions: Value;
+  /** [1,1,T,M]: added to the scores; -inf hides a row. Rows beyond `lastRow` are hidden anyway. */
+  bias: Value;
+}
+
+/**
+ * Attention over a KV cache that grows in place, with rotary embedding (rotate-half) of query and key.
+ * qkv [1,T,(heads+2·kvHeads)·head]; pastKey, pastValue [1,kvHeads,M,head]. It is causal besides the bias, which a tree
+ * allows since ancestors come first. Gives [1,T,heads·head] and the two caches, to be bound to the past's own memory.
+ */
+export function groupQueryAttention(
+  g: Graph,
+  qkv: Value,
+  past: { key: Value; value: Value },
+  cache: CacheInputs,
+  heads: { query: number; keyValue: number; size: number },
+): { out: Value; key: Value; value: Value } {
+  const { lastRow, capacity, cos, sin, positions, bias } = cache;
+  const kv = (x: Value) => ({ dtype: x.dtype, shape: x.shape, name: `${x.name}.next` });
+  const [out, key, value] = g.node(
+    "GroupQueryAttention",
+    [qkv, null, null, past.key, past.value, lastRow, capacity, cos, sin, positions, bias],
+    [{ dtype: qkv.dtype, shape: [1, qkv.shape[1], heads.query * heads.size] }, kv(past.key), kv(past.value)],
+    { num_heads: heads.query, kv_num_heads: heads.keyValue, do_rotary: 1 },
+    "com.microsoft",
+  );
+  return { out, key, value };
+}
+
+/** Uncached attention of all to all. q, k, v [B,S,heads·head]; mask i32 [B,S]: 0 hides a row from every query. */
+export function multiHeadAttention(g: Graph, q: Value, k: Value, v: Value, mask: Value, heads: number): Value {
+  return g.node(
+    "MultiHeadAttention",
+    [q, k, v, null, mask],
+    [{ dtype: q.dtype, shape: q.shape }],
+    { num_heads: heads },
+    "com.microsoft",
+  )[0];
+}
+
+/** Rotate-half rotary embedding of x [B,S,heads·head] by rows `positions` (i64 [B,S]) of cos and sin [P,head/2]. */
+export function rotaryEmbedding(g: Graph, x: Value, positions: Value, cos: Value, sin: Value, heads: number): Value {
+  return g.node(
+    "RotaryEmbedding",
+    [x, positions, cos, sin],
+    [{ dtype: x.dtype, shape: x.shape }],
+    { num_heads: heads },
+    "com.microsoft",
+  )[0];
+}

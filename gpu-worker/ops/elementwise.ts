@@ -1,0 +1,47 @@
+/** Operations on each element: names are ONNX's. */
+import type { DType } from "../engine/runtime.ts";
+import type { Dim, Graph, Value } from "../graph/graph.ts";
+
+/** Shape of two operands by NumPy's broadcasting rule. */
+export function broadcast(a: readonly Dim[], b: readonly Dim[]): Dim[] {
+  const rank = Math.max(a.length, b.length);
+  const at = (shape: readonly Dim[], i: number) => shape[i - rank + shape.length] ?? 1;
+  return Array.from({ length: rank }, (_, i) => {
+    const [x, y] = [at(a, i), at(b, i)];
+    if (x === y || y === 1) return x;
+    if (x === 1) return y;
+    // A named size may be 1 in a run; a fixed one that differs never fits.
+    if (typeof x === "number" && typeof y === "number") throw new Error(`shapes [${a}] and [${b}] do not broadcast`);
+    return typeof x === "number" ? x : y;
+  });
+}
+
+const binary = (op: string) => (g: Graph, a: Value, b: Value) =>
+  g.node(op, [a, b], [{ dtype: a.dtype, shape: broadcast(a.shape, b.shape) }])[0];
+
+export const add = binary("Add");
+export const mul = binary("Mul");
+
+export function cast(g: Graph, x: Value, dtype: DType): Value {
+  const to = { f32: 1, i32: 6, i64: 7, bool: 9, f16: 10, bf16: 16 }[dtype];
+  return x.dtype === dtype ? x : g.node("Cast", [x], [{ dtype, shape: x.shape }], { to })[0];
+}
+
+/** x · sigmoid(x), in ONNX Runtime's fused kernel. */
+export function silu(g: Graph, x: Value): Value {
+  return g.node("QuickGelu", [x], [{ dtype: x.dtype, shape: x.shape }], { alpha: { float: 1 } }, "com.microsoft")[0];
+}
+
+/** Exact (erf) GELU. */
+export function gelu(g: Graph, x: Value): Value {
+  return g.node("Gelu", [x], [{ dtype: x.dtype, shape: x.shape }])[0];
+}
+
+/** log softmax over the last axis. */
+export function logSoftmax(g: Graph, x: Value): Value {
+  return g.node("LogSoftmax", [x], [{ dtype: x.dtype, shape: x.shape }], { axis: -1 })[0];
+}
+
+export function softmax(g: Graph, x: Value): Value {
+  return g.node("Softmax", [x], [{ dtype: x.dtype, shape: x.shape }], { axis: -1 })[0];
+}

@@ -1,0 +1,18 @@
+/** Products with matrices: names are ONNX's. */
+import type { Dim, Graph, Value } from "../graph/graph.ts";
+import { broadcast } from "./elementwise.ts";
+
+/** a [..,m,k] · b [..,k,n]. */
+export function matMul(g: Graph, a: Value, b: Value): Value {
+  const [k, inner] = [a.shape.at(-1), b.shape.at(-2)];
+  if (typeof k === "number" && typeof inner === "number" && k !== inner)
+    throw new Error(`MatMul of [${a.shape}] and [${b.shape}]: ${k} is not ${inner}`);
+  const batch: Dim[] = broadcast(a.shape.slice(0, -2), b.shape.slice(0, -2));
+  return g.node("MatMul", [a, b], [{ dtype: a.dtype, shape: [...batch, a.shape.at(-2)!, b.shape.at(-1)!] }])[0];
+}
+
+/** a [m,k] · b [n,k]ᵀ + c, c broadcast to [m,n]. */
+export function gemm(g: Graph, a: Value, b: Value, c: Value): Value {
+  if (a.shape[1] !== b.shape[1]) throw new Error(`Gemm of [${a.shape}] and [${b.shape}]ᵀ`);
+  return g.node("Gemm", [a, b, c], [{ dtype: a.dtype, shape: [a.shape[0], b.shape[0]] }], { transB: 1 })[0];
+}

@@ -1,0 +1,27 @@
+/** Normalisations, in ONNX Runtime's fused kernels. */
+import type { Graph, Value } from "../graph/graph.ts";
+
+/** x / rms(x) · weight over the last axis (Qwen2RMSNorm, LlamaRMSNorm). */
+export function rmsNorm(g: Graph, x: Value, weight: Value, epsilon: number): Value {
+  const attributes = { axis: -1, epsilon: { float: epsilon } };
+  return g.node("SimplifiedLayerNormalization", [x, weight], [{ dtype: x.dtype, shape: x.shape }], attributes)[0];
+}
+
+/** The sum x + residual, and its RMS norm, in one kernel. */
+export function addRmsNorm(
+  g: Graph,
+  x: Value,
+  residual: Value,
+  weight: Value,
+  epsilon: number,
+): [norm: Value, sum: Value] {
+  const out = { dtype: x.dtype, shape: x.shape };
+  const [norm, , , sum] = g.node(
+    "SkipSimplifiedLayerNormalization",
+    [x, residual, weight],
+    [out, { dtype: "f32", shape: [0] }, { dtype: "f32", shape: [0] }, out],
+    { epsilon: { float: epsilon } },
+    "com.microsoft",
+  );
+  return [norm, sum];
+}

@@ -1,0 +1,58 @@
+/** Operations that move elements without computing: names are ONNX's. */
+import type { Dim, Graph, Value } from "../graph/graph.ts";
+
+/** `shape` may hold one -1 (worked out by the run), which gets the name `rest`, and 0 (the dimension as it was). */
+export function reshape(g: Graph, x: Value, shape: readonly number[], rest: Dim = "rest"): Value {
+  const out = shape.map((d, i) => (d === -1 ? rest : d === 0 ? x.shape[i] : d));
+  return g.node("Reshape", [x, g.ints(shape)], [{ dtype: x.dtype, shape: out }])[0];
+}
+
+export function transpose(g: Graph, x: Value, perm: readonly number[]): Value {
+  return g.node("Transpose", [x], [{ dtype: x.dtype, shape: perm.map((i) => x.shape[i]) }], { perm })[0];
+}
+
+export function concat(g: Graph, xs: readonly Value[], axis: number): Value {
+  const at = axis < 0 ? axis + xs[0].shape.length : axis;
+  const sizes = xs.map((x) => x.shape[at]);
+  const total = sizes.every((s) => typeof s === "number") ? sizes.reduce((a, b) => a + b, 0) : sizes.join("+");
+  const shape = xs[0].shape.map((d, i) => (i === at ? total : d));
+  return xs.length === 1 ? xs[0] : g.node("Concat", xs, [{ dtype: xs[0].dtype, shape }], { axis })[0];
+}
+
+/** Splits the last axis into pieces of the given sizes. */
+export function split(g: Graph, x: Value, sizes: readonly number[]): Value[] {
+  const outputs = sizes.map((size) => ({ dtype: x.dtype, shape: [...x.shape.slice(0, -1), size] }));
+  return g.node("Split", [x, g.ints(sizes)], outputs, { axis: -1 });
+}
+
+/** x[from:to] along `axis`. */
+export function slice(g: Graph, x: Value, axis: number, from: number, to: number): Value {
+  const shape = x.shape.map((d, i) => (i === axis ? to - from : d));
+  return g.node("Slice", [x, g.ints([from]), g.ints([to]), g.ints([axis])], [{ dtype: x.dtype, shape }])[0];
+}
+
+/** Rows of x (its first axis) by index. */
+export function gather(g: Graph, x: Value, index: Value): Value {
+  return g.node("Gather", [x, index], [{ dtype: x.dtype, shape: [...index.shape, ...x.shape.slice(1)] }], {
+    axis: 0,
+  })[0];
+}
+
+/** x with its rows at `index` [R,1] replaced by `rows` [R,…]. */
+export function scatterRows(g: Graph, x: Value, index: Value, rows: Value): Value {
+  return g.node("ScatterND", [x, index, rows], [{ dtype: x.dtype, shape: x.shape }])[0];
+}
+
+/** The k largest of the last axis, in falling order, with their indices (i64). k [1]. */
+export function topK(g: Graph, x: Value, k: Value): [values: Value, indices: Value] {
+  const shape = [...x.shape.slice(0, -1), "k"];
+  const [values, indices] = g.node(
+    "TopK",
+    [x, k],
+    [
+      { dtype: x.dtype, shape },
+      { dtype: "i64", shape },
+    ],
+  );
+  return [values, indices];
+}
