@@ -7,11 +7,13 @@ export interface Tree {
   parents: number[];
   /** [n]: 0 for the root. */
   depths: number[];
+  /** [n]: the drafter's log-probability of each node's path from the root. */
+  scores: number[];
 }
 
 /** The tree that drafts nothing: plain decoding. */
 export function rootOnly(token: number): Tree {
-  return { tokens: [token], parents: [-1], depths: [0] };
+  return { tokens: [token], parents: [-1], depths: [0], scores: [0] };
 }
 
 /**

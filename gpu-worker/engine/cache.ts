@@ -1,6 +1,6 @@
 /** The memory of one sequence in one decoder: KV cache, rotary tables and attention bias, of a fixed capacity. */
 import { writeTreeMask } from "../decode/tree.ts";
-import type { Binding, DType, Runtime, Tensor } from "./runtime.ts";
+import type { Binding, Runtime, Session, Tensor } from "./runtime.ts";
 
 export interface CacheShape {
   layers: number;
@@ -13,7 +13,8 @@ const ROUND = 64;
 
 /**
  * Rows 0 … length-1 hold accepted tokens; a pass writes its rows after them. `capacity` rows of keys and values a layer,
- * [1,kvHeads,capacity,headSize]. `maxTokens` is the most tokens of a pass that needs a mask.
+ * [1,kvHeads,capacity,headSize]. `maxTokens` is the most tokens of a pass but for the prefill's. `mover` (moveGraph) is
+ * what moves rows on a device whose memory JavaScript can't see.
  */
 export class SequenceCache implements Disposable {
   length = 0;
@@ -21,53 +22,79 @@ export class SequenceCache implements Disposable {
   readonly shape: CacheShape;
   readonly cos: Tensor;
   readonly sin: Tensor;
-  readonly #unified: boolean;
+  readonly #runtime: Runtime;
+  readonly #mover: Session | undefined;
   readonly #keys: Tensor[];
   readonly #values: Tensor[];
   readonly #lastRow: Tensor;
   readonly #capacity: Tensor;
+  /** [maxTokens,capacity]: 0 for rows that a token sees. */
   readonly #bias: Tensor;
   readonly #biasValues: Float32Array;
-  /** Columns of the bias that the last pass masked, to be cleared before the next. */
-  #masked = { from: 0, rows: 0, columns: 0 };
+  readonly #maxTokens: number;
+  /** Columns that are open to every token. */
+  #open = 0;
+  /** What the last pass opened for its own tokens, to be closed before the next. */
+  #block = { from: 0, rows: 0, columns: 0 };
 
-  constructor(runtime: Runtime, shape: CacheShape, rows: number, maxTokens: number, dtype: DType) {
+  constructor(runtime: Runtime, shape: CacheShape, rows: number, maxTokens: number, mover?: Session) {
     this.shape = shape;
     this.capacity = Math.ceil(rows / ROUND) * ROUND;
-    this.#unified = runtime.unified;
+    this.#runtime = runtime;
+    this.#mover = mover;
+    this.#maxTokens = maxTokens;
     const elements = shape.kvHeads * this.capacity * shape.headSize;
-    const caches = () => Array.from({ length: shape.layers }, () => runtime.tensor(dtype, elements, "device"));
+    const caches = () => Array.from({ length: shape.layers }, () => runtime.tensor("f32", elements, "device"));
     this.#keys = caches();
     this.#values = caches();
     this.#lastRow = runtime.tensor("i32", 1);
     this.#capacity = runtime.tensor("i32", 1);
     this.#capacity.i32[0] = this.capacity;
     this.#bias = runtime.tensor("f32", maxTokens * this.capacity);
-    this.#biasValues = this.#bias.f32;
+    this.#biasValues = this.#bias.f32.fill(Number.NEGATIVE_INFINITY);
     this.cos = runtime.tensor("f32", (this.capacity * shape.headSize) / 2);
     this.sin = runtime.tensor("f32", (this.capacity * shape.headSize) / 2);
   }
 
-  /** Binds the cache to a pass of `tokens` tokens; `bias` replaces the sequence's own (a prefill chunk's zeros). */
+  /** Binds the cache to a pass of `tokens` tokens; `bias` replaces the sequence's own (see `prefillBias`). */
   bind(binding: Binding, tokens: number, bias: Tensor = this.#bias): void {
-    const { kvHeads, headSize } = this.shape;
-    const dims = [1, kvHeads, this.capacity, headSize];
-    for (const [name, tensors] of [
-      ["key", this.#keys],
-      ["value", this.#values],
-    ] as const)
-      for (const [i, tensor] of tensors.entries())
-        binding.input(`${name}.${i}`, tensor, dims).output(`${name}.${i}.next`, tensor, dims);
+    const { headSize } = this.shape;
+    for (const [name, tensor] of this.#all())
+      binding.input(name, tensor, this.#dims).output(`${name}.next`, tensor, this.#dims);
     binding.input("last_row", this.#lastRow, [1]).input("capacity", this.#capacity, [1]);
     binding.input("cos", this.cos, [this.capacity, headSize / 2]);
     binding.input("sin", this.sin, [this.capacity, headSize / 2]);
     binding.input("bias", bias, [1, 1, tokens, this.capacity]);
   }
 
-  /** Gets ready for a pass whose tokens see all rows so far and each its predecessors; rows so far: `from`. */
-  causal(tokens: number, from = this.length): void {
-    this.#clearMask();
-    this.#lastRow.i32[0] = from + tokens - 1;
+  get #dims(): number[] {
+    return [1, this.shape.kvHeads, this.capacity, this.shape.headSize];
+  }
+
+  *#all(): Generator<[name: string, tensor: Tensor]> {
+    for (const [i, tensor] of this.#keys.entries()) yield [`key.${i}`, tensor];
+    for (const [i, tensor] of this.#values.entries()) yield [`value.${i}`, tensor];
+  }
+
+  /** Gets ready for a prefill pass of `tokens` tokens and gives its bias, the caller's to dispose of. */
+  prefillBias(tokens: number): Tensor {
+    const bias = this.#runtime.tensor("f32", tokens * this.capacity);
+    const values = bias.f32;
+    for (let i = 0; i < tokens; i++)
+      values.fill(Number.NEGATIVE_INFINITY, i * this.capacity + this.length + tokens, (i + 1) * this.capacity);
+    this.#lastRow.i32[0] = this.length + tokens - 1;
+    return bias;
+  }
+
+  /** Gets ready for a pass whose tokens see all rows and their predecessors (the attention itself is causal). */
+  causal(tokens: number): void {
+    this.#closeBlock();
+    for (let i = 0; i < tokens; i++) {
+      const row = i * this.capacity + this.length;
+      this.#biasValues.fill(0, row, row + tokens);
+    }
+    this.#block = { from: this.length, rows: tokens, columns: tokens };
+    this.#lastRow.i32[0] = this.length + tokens - 1;
   }
 
   /**
@@ -75,42 +102,59 @@ export class SequenceCache implements Disposable {
    * accepted rows, its ancestors and itself.
    */
   tree(parents: readonly number[], first = 0): void {
-    this.#clearMask();
+    this.#closeBlock();
     const [from, columns] = [this.length, parents.length];
     writeTreeMask(this.#biasValues, this.capacity, from, parents, first);
-    this.#masked = { from, rows: columns - first, columns };
+    this.#block = { from, rows: columns - first, columns };
     this.#lastRow.i32[0] = from + columns - 1;
   }
 
-  #clearMask(): void {
-    const { from, rows, columns } = this.#masked;
+  /** Hides what the last pass opened, and opens the rows that were accepted since to every token. */
+  #closeBlock(): void {
+    const { from, rows, columns } = this.#block;
     for (let i = 0; i < rows; i++) {
       const row = i * this.capacity + from;
-      this.#biasValues.fill(0, row, row + columns);
+      this.#biasValues.fill(Number.NEGATIVE_INFINITY, row, row + columns);
     }
-    this.#masked.rows = 0;
+    for (let i = 0; i < this.#maxTokens; i++)
+      this.#biasValues.fill(0, i * this.capacity + this.#open, i * this.capacity + this.length);
+    this.#open = this.length;
   }
 
-  /** Keeps the rows length + node for the given nodes (rising), moved together; `length` grows by as many. */
+  /** Keeps the rows length + node of the given nodes (rising), moved together; `length` grows by as many. */
   keep(nodes: readonly number[]): void {
-    if (!this.#unified) throw new Error("moving cache rows on a device is not there yet");
-    const { kvHeads, headSize } = this.shape;
-    for (let i = 0; i < nodes.length; i++) {
-      if (nodes[i] === i) continue;
-      for (const tensors of [this.#keys, this.#values])
-        for (const tensor of tensors) {
-          const rows = tensor.f32;
-          for (let head = 0; head < kvHeads; head++) {
-            const base = (head * this.capacity + this.length) * headSize;
-            rows.copyWithin(base + i * headSize, base + nodes[i] * headSize, base + (nodes[i] + 1) * headSize);
-          }
-        }
-    }
+    const still = nodes.findIndex((node, i) => node !== i);
+    if (still >= 0 && this.#mover) this.#moveOnDevice(this.#mover, nodes, still);
+    else if (still >= 0) this.#moveHere(nodes, still);
     this.length += nodes.length;
   }
 
+  #moveHere(nodes: readonly number[], still: number): void {
+    const { kvHeads, headSize } = this.shape;
+    for (const [, tensor] of this.#all()) {
+      const rows = tensor.f32;
+      for (let head = 0; head < kvHeads; head++) {
+        const base = (head * this.capacity + this.length) * headSize;
+        for (let i = still; i < nodes.length; i++)
+          rows.copyWithin(base + i * headSize, base + nodes[i] * headSize, base + (nodes[i] + 1) * headSize);
+      }
+    }
+  }
+
+  #moveOnDevice(mover: Session, nodes: readonly number[], still: number): void {
+    const moved = nodes.slice(still);
+    using from = this.#runtime.tensor("i64", moved.length);
+    using to = this.#runtime.tensor("i64", 1);
+    from.i64.set(moved.map((node) => BigInt(this.length + node)));
+    to.i64[0] = BigInt(this.length + still);
+    using binding = mover.binding();
+    for (const [name, tensor] of this.#all())
+      binding.input(name, tensor, this.#dims).output(`${name}.next`, tensor, this.#dims);
+    binding.input("from", from, [moved.length]).input("to", to, [1]).run();
+  }
+
   [Symbol.dispose](): void {
-    for (const t of [...this.#keys, ...this.#values, this.#lastRow, this.#capacity, this.#bias, this.cos, this.sin])
-      t[Symbol.dispose]();
+    for (const [, tensor] of this.#all()) tensor[Symbol.dispose]();
+    for (const tensor of [this.#lastRow, this.#capacity, this.#bias, this.cos, this.sin]) tensor[Symbol.dispose]();
   }
 }

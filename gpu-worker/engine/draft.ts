@@ -54,7 +54,7 @@ export class DraftSequence implements Disposable {
     this.#model = model;
     this.#context = context;
     this.topK = topK;
-    this.cache = new SequenceCache(runtime, { ...config, layers: 1 }, prompt + room + scratch, maxRows, "f32");
+    this.cache = new SequenceCache(runtime, { ...config, layers: 1 }, prompt + room + scratch, maxRows);
     const table = ropeTable(this.cache.capacity, frequencies(config.headSize, config.ropeTheta));
     this.cache.cos.f32.set(table.cos);
     this.cache.sin.f32.set(table.sin);
@@ -119,7 +119,7 @@ export class DraftSequence implements Disposable {
     using positions = runtime.tensor("i64", n);
     using keep = runtime.tensor("f32", n);
     using rowBias = runtime.tensor("f32", n * width);
-    using mask = runtime.tensor("f32", n * this.cache.capacity);
+    using mask = this.cache.prefillBias(n);
     const values = { ids: ids.i64, hidden: hiddenRows.i64, at: positions.i64, keep: keep.f32, bias: rowBias.f32 };
     for (const [i, row] of rows.entries()) {
       values.at[i] = BigInt(row.at);
@@ -130,7 +130,6 @@ export class DraftSequence implements Disposable {
       values.keep[i] = 1;
     }
     this.#tensors.last.i64[0] = BigInt(n - 1);
-    this.cache.causal(n);
     using binding = this.#model.draft!.layer.binding();
     this.cache.bind(binding, n, mask);
     const { hidden } = this.#context;

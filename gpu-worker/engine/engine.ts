@@ -18,6 +18,8 @@ export interface Step {
   accepted: number;
   /** Text that became final; never ends in half a character, never holds a stop string or a part of one. */
   text: string;
+  /** How many characters of `text`, its first, came of drafts. */
+  draftText: number;
   logprobs?: TokenLogprob[];
   /** Set on the last step only. */
   finish?: Finish;
@@ -39,7 +41,6 @@ export interface Finish {
 
 /** Milliseconds. */
 export interface Timings {
-  vision: number;
   prefill: number;
   draft: number;
   verify: number;

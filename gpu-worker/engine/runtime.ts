@@ -116,7 +116,7 @@ export class Runtime {
         "session.model_external_initializers_file_folder_path": "/",
         // A pass takes a fraction of a millisecond: threads that spin between passes would starve the other processes.
         "session.intra_op.allow_spinning": "1",
-        "session.force_spinning_stop": process.env.FSS ?? "1",
+        "session.force_spinning_stop": "1",
       };
       for (const [key, value] of Object.entries(entries)) check(api.AddSessionConfigEntry(settings, key, value));
       if (options.profile) check(api.EnableProfiling(settings, options.profile));
@@ -141,7 +141,7 @@ export class Runtime {
     }
   }
 
-  /** Memory for `elements` values. Host memory is zeroed; device memory is not. */
+  /** Memory for `elements` values: zeros on the host, whatever was there on the device. */
   tensor(dtype: DType, elements: number, where: "host" | "device" = "host"): Tensor {
     const host = where === "host" || this.unified;
     const allocator = host ? this.#hostAllocator : this.#deviceAllocator;
@@ -154,7 +154,7 @@ export class Runtime {
       check(api.AllocatorFree(allocator, pointer));
     };
     const buffer = host ? koffi.view(pointer, bytes) : undefined;
-    if (buffer) new Uint8Array(buffer).fill(0);
+    if (buffer && where === "host") new Uint8Array(buffer).fill(0);
     return new Tensor(dtype, elements, pointer, host ? this.#hostInfo : this.#deviceInfo, free, buffer);
   }
 }

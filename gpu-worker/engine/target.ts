@@ -28,12 +28,16 @@ export class Target {
     this.#rope = ropeTable(contextLength, frequencies(language.headSize, ropeTheta));
   }
 
+  get vocabulary(): number {
+    return this.#model.config.language.vocabulary;
+  }
+
   /** Runs the prompt; `maxTree` is the largest tree that will be scored, `room` the most tokens that will be added. */
   prefill(prompt: Prompt, room: number, maxTree: number): Context {
     const { expanded } = prompt;
     const { language } = this.#model.config;
     const length = expanded.tokens.length;
-    const cache = new SequenceCache(this.#runtime, language, length + room + maxTree, maxTree, "f32");
+    const cache = new SequenceCache(this.#runtime, language, length + room + maxTree, maxTree, this.#model.mover);
     const hidden = this.#runtime.tensor("f32", Math.max(length, maxTree) * language.hidden, "device");
     const context = new Context(this.#runtime, this.#model, prompt, cache, hidden, maxTree);
     this.#fillRope(cache, expanded);
@@ -50,7 +54,7 @@ export class Target {
     const runtime = this.#runtime;
     using ids = runtime.tensor("i64", n);
     using positions = runtime.tensor("i64", n);
-    using bias = runtime.tensor("f32", n * cache.capacity);
+    using bias = cache.prefillBias(n);
     using logitRows = runtime.tensor("i64", 1);
     const images = imageRowsOf(prompt, from, to, width);
     using imageRows = runtime.tensor("f32", images.rows.length);
@@ -63,7 +67,6 @@ export class Target {
       positionValues[i] = BigInt(from + i);
     }
     logitRows.i64[0] = BigInt(n - 1);
-    cache.causal(n);
     using binding = this.#model.language.binding();
     cache.bind(binding, n, bias);
     binding

@@ -49,8 +49,10 @@ function node({ op, domain, inputs, outputs, attributes }: Node, index: number):
   };
 }
 
-/** The ONNX model, opset 21; external data locations are absolute paths without their first slash. */
+/** The ONNX model; external data locations are absolute paths without their first slash. */
 export function encodeOnnx(graph: Graph): Uint8Array {
+  // TensorScatter is new in opset 24; providers have fewer kernels for the newest opsets.
+  const opset = graph.nodes.some((n) => n.op === "TensorScatter") ? 24 : 21;
   const weights = [...graph.weights.values()].map(({ value, stored }) => ({
     name: value.name,
     dims: stored.shape,
@@ -74,7 +76,7 @@ export function encodeOnnx(graph: Graph): Uint8Array {
       irVersion: 10,
       producerName: "vispec",
       opsetImport: [
-        { domain: "", version: 21 },
+        { domain: "", version: opset },
         { domain: "com.microsoft", version: 1 },
       ],
       graph: {

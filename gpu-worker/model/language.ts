@@ -3,7 +3,7 @@
 import type { DType } from "../engine/runtime.ts";
 import { Graph } from "../graph/graph.ts";
 import { addRmsNorm, rmsNorm } from "../ops/norm.ts";
-import { gather, reshape, scatterRows } from "../ops/shape.ts";
+import { gather, gatherCacheRows, reshape, scatterRows, tensorScatter } from "../ops/shape.ts";
 import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
 import type { Weights } from "./weights.ts";
 
@@ -51,5 +51,21 @@ export function languageGraph(c: LanguageConfig, w: Weights, dtype: DType, names
   const head = c.tiedEmbeddings ? table : w.get(`${names.head}.weight`, [c.vocabulary, c.hidden]);
   g.output("hidden", hidden);
   g.output("logits", linear(g, gather(g, hidden, logitRows), [head]));
+  return g;
+}
+
+/**
+ * Moves rows of every layer's cache in place: rows `from` i64 [n] to `to` i64 [1] and on. For devices whose memory the
+ * host cannot see; the host's own copy is asserted equal.
+ */
+export function moveGraph({ layers, kvHeads, headSize }: LanguageConfig, dtype: DType): Graph {
+  const g = new Graph(dtype);
+  const from = g.input("from", "i64", ["n"]);
+  const to = g.input("to", "i64", [1]);
+  for (let i = 0; i < layers; i++)
+    for (const name of [`key.${i}`, `value.${i}`]) {
+      const cache = g.input(name, dtype, [1, kvHeads, "M", headSize]);
+      g.outputs.push(tensorScatter(g, cache, gatherCacheRows(g, cache, from), to, `${name}.next`));
+    }
   return g;
 }

@@ -6,7 +6,7 @@ import type { Runtime, Session } from "../engine/runtime.ts";
 import { encodeOnnx } from "../graph/onnx.ts";
 import { parseConfig } from "./config.ts";
 import { adaptorGraph, type DraftConfig, draftBiasGraph, draftGraph, loadDraft } from "./draft.ts";
-import { languageGraph, QWEN_NAMES } from "./language.ts";
+import { languageGraph, moveGraph, QWEN_NAMES } from "./language.ts";
 import { loadQwenConfig, type QwenConfig } from "./qwen/config.ts";
 import { ProcessorConfig } from "./qwen/processor.ts";
 import { visionGraph } from "./qwen/vision.ts";
@@ -31,6 +31,8 @@ export interface Model {
   tokenizerConfig: object;
   vision: Session;
   language: Session;
+  /** Moves cache rows; only where the host can't. */
+  mover: Session | undefined;
   draft: Draft | undefined;
 }
 
@@ -70,6 +72,7 @@ export function loadModel(runtime: Runtime, folder: string, draftFolder?: string
     tokenizerConfig,
     vision: session(visionGraph(config.vision, weights, "f32")),
     language: session(languageGraph(config.language, weights, "f32")),
+    mover: runtime.unified ? undefined : session(moveGraph(config.language, "f32")),
     draft: draftParts && {
       config: draftParts.config,
       layer: session(draftGraph(draftParts.config, draftParts.weights, head, "f32")),

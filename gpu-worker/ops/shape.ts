@@ -38,6 +38,17 @@ export function gather(g: Graph, x: Value, index: Value): Value {
   })[0];
 }
 
+/** Rows `index` [n] of a cache [1,H,M,d]. */
+export function gatherCacheRows(g: Graph, cache: Value, index: Value): Value {
+  const shape = [cache.shape[0], cache.shape[1], index.shape[0], cache.shape[3]];
+  return g.node("Gather", [cache, index], [{ dtype: cache.dtype, shape }], { axis: 2 })[0];
+}
+
+/** A cache [1,H,M,d] with `rows` [1,H,n,d] written from row `at` [1] on. */
+export function tensorScatter(g: Graph, cache: Value, rows: Value, at: Value, name: string): Value {
+  return g.node("TensorScatter", [cache, rows, at], [{ dtype: cache.dtype, shape: cache.shape, name }], { axis: 2 })[0];
+}
+
 /** x with its rows at `index` [R,1] replaced by `rows` [R,…]. */
 export function scatterRows(g: Graph, x: Value, index: Value, rows: Value): Value {
   return g.node("ScatterND", [x, index, rows], [{ dtype: x.dtype, shape: x.shape }])[0];

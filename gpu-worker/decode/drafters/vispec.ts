@@ -41,7 +41,7 @@ export function best(candidates: readonly Candidate[], from: number, n: number):
   return order.sort((a, b) => candidates[b].score - candidates[a].score || a - b).slice(0, n);
 }
 
-class VispecDrafting implements Drafting {
+export class VispecDrafting implements Drafting {
   readonly sequence: DraftSequence;
   readonly #shape: TreeShape;
   #started = false;
@@ -98,20 +98,21 @@ function addChildren(
 
 /** The tree of the kept candidates, in order of creation: a parent's score is never below its children's. */
 function grow(root: number, candidates: readonly Candidate[], kept: number[]): Tree {
-  const tree: Tree = { tokens: [root], parents: [-1], depths: [0] };
+  const tree: Tree = { tokens: [root], parents: [-1], depths: [0], scores: [0] };
   const place = new Map([[-1, 0]]);
   for (const i of kept.sort((a, b) => a - b)) {
-    const { token, parent, depth } = candidates[i];
+    const { token, parent, depth, score } = candidates[i];
     place.set(i, tree.tokens.length);
     tree.tokens.push(token);
     tree.parents.push(place.get(parent)!);
     tree.depths.push(depth);
+    tree.scores.push(score);
   }
   return tree;
 }
 
 /** A drafter of fixed tree shape. Throws RangeError for a shape that cannot be. */
-export function vispecDrafter(runtime: Runtime, model: Model, shape: TreeShape): Drafter {
+export function vispecDrafter(runtime: Runtime, model: Model, shape: TreeShape = { totalToken: 30, depth: 3, topK: 8 }): Drafter {
   return {
     maxTree: shape.totalToken,
     start(context: Context, room: number) {

@@ -1,0 +1,71 @@
+/** Reads the command line: flags to checked values. A mistake is a UsageError that names the flag. */
+import { parseArgs } from "node:util";
+import type { TreeShape } from "../decode/drafters/vispec.ts";
+import type { EngineOptions } from "../engine/local.ts";
+
+export class UsageError extends Error {
+  override name = "UsageError";
+}
+
+/** What `parseArgs` gives for flags that all take a value, but for the switches. */
+export type Flags = Record<string, string | boolean | (string | boolean)[] | undefined>;
+
+export const DEFAULT_MODEL = "models/tiny-qwen2.5-vl";
+
+const MODEL_FLAGS = ["model", "draft", "drafter", "total-token", "depth", "top-k-draft", "device", "threads"];
+
+/** Flags of a command: `values` take one, `lists` may come several times, `switches` take none. */
+export function parseFlags(args: string[], values: string[], lists: string[] = [], switches: string[] = []): Flags {
+  const options = {
+    ...Object.fromEntries([...MODEL_FLAGS, ...values].map((name) => [name, { type: "string" as const }])),
+    ...Object.fromEntries(lists.map((name) => [name, { type: "string" as const, multiple: true }])),
+    ...Object.fromEntries(switches.map((name) => [name, { type: "boolean" as const }])),
+  };
+  try {
+    return parseArgs({ args, options, strict: true, allowPositionals: false }).values as Flags;
+  } catch (error) {
+    throw new UsageError((error as Error).message, { cause: error });
+  }
+}
+
+/** A number within bounds, or undefined when the flag is absent. */
+export function number(
+  flags: Flags,
+  name: string,
+  { min, max = Number.MAX_SAFE_INTEGER, integer = true }: { min: number; max?: number; integer?: boolean },
+): number | undefined {
+  const text = flags[name];
+  if (text === undefined) return undefined;
+  const value = String(text).trim() === "" ? Number.NaN : Number(text);
+  const kind = integer ? "a whole number" : "a number";
+  if (Number.isNaN(value) || value < min || value > max || (integer && !Number.isInteger(value)))
+    throw new UsageError(`--${name} is ${text}; it must be ${kind} from ${min} to ${max}`);
+  return value;
+}
+
+function oneOf<T extends string>(flags: Flags, name: string, choices: readonly T[]): T | undefined {
+  const value = flags[name];
+  if (value === undefined) return undefined;
+  if (!choices.includes(value as T)) throw new UsageError(`--${name} is ${value}; it must be one of ${choices.join(", ")}`);
+  return value as T;
+}
+
+/** The tree, if any of its flags is given; the others are then the paper's defaults. */
+function treeShape(flags: Flags): TreeShape | undefined {
+  const totalToken = number(flags, "total-token", { min: 1, max: 1024 });
+  const depth = number(flags, "depth", { min: 0, max: 64 });
+  const topK = number(flags, "top-k-draft", { min: 1, max: 64 });
+  if (totalToken === undefined && depth === undefined && topK === undefined) return undefined;
+  return { totalToken: totalToken ?? 30, depth: depth ?? 3, topK: topK ?? 8 };
+}
+
+export function engineOptions(flags: Flags): EngineOptions {
+  return {
+    model: (flags.model as string | undefined) ?? DEFAULT_MODEL,
+    draft: flags.draft as string | undefined,
+    drafter: oneOf(flags, "drafter", ["vispec", "none"]),
+    shape: treeShape(flags),
+    device: oneOf(flags, "device", ["cpu", "cuda", "webgpu"]),
+    threads: number(flags, "threads", { min: 1, max: 1024 }),
+  };
+}

@@ -1,0 +1,74 @@
+/** The decode loop: prefill, then cycles of propose, score, verify, commit. Knows no text and no stop string. */
+import { setImmediate } from "node:timers/promises";
+import type { Fresh } from "../engine/context.ts";
+import type { Prompt, Target } from "../engine/target.ts";
+import type { Drafter } from "./drafters/drafter.ts";
+import type { Sampler } from "./sample.ts";
+import { type Path, verify } from "./verify.ts";
+
+/** What one cycle gave; the first is the prefill's, with one token and no draft. */
+export interface Cycle {
+  tokens: number[];
+  /** How many of `tokens` were drafts. */
+  accepted: number;
+  /** How many drafts were proposed. */
+  drafted: number;
+  /** The target's logits that tokens[i] was drawn from, [V]; valid until the next cycle. */
+  logits(i: number): Float32Array;
+  /** Milliseconds. */
+  draftMs: number;
+  verifyMs: number;
+}
+
+export interface DecodeOptions {
+  sampler: Sampler;
+  /** The most tokens to give. */
+  maxTokens: number;
+  /** Tokens after which nothing follows. */
+  stopTokens: ReadonlySet<number>;
+  signal: AbortSignal;
+}
+
+/**
+ * Decodes one sequence, a cycle at a time; ends after a stop token or maxTokens. Leaving the generator frees the
+ * sequence's memory. Throws the signal's reason within one cycle of an abort.
+ */
+export async function* decode(target: Target, drafter: Drafter, prompt: Prompt, options: DecodeOptions): AsyncGenerator<Cycle> {
+  const { sampler, maxTokens, stopTokens, signal } = options;
+  const vocabulary = target.vocabulary;
+  let given = 0;
+  const last = (token: number, index: number) => stopTokens.has(token) || given + index + 1 >= maxTokens;
+
+  signal.throwIfAborted();
+  const begun = performance.now();
+  using context = target.prefill(prompt, maxTokens, drafter.maxTree);
+  const first = sampler.next(context.firstLogits);
+  yield {
+    ...{ tokens: [first], accepted: 0, drafted: 0, logits: () => context.firstLogits },
+    ...{ draftMs: 0, verifyMs: performance.now() - begun },
+  };
+  if (last(first, 0)) return;
+  given = 1;
+  using drafting = drafter.start(context, maxTokens);
+  for (let fresh: Fresh = { rows: [prompt.expanded.tokens.length - 1], next: [first] }; ; ) {
+    await setImmediate(); // lets messages in: a cancellation above all
+    signal.throwIfAborted();
+    const start = performance.now();
+    const tree = drafting.propose(fresh);
+    const proposed = performance.now();
+    const logits = context.score(tree);
+    const scored = performance.now();
+    const path: Path = verify(tree, logits, vocabulary, sampler, last);
+    fresh = context.commit(path);
+    yield {
+      tokens: path.tokens,
+      accepted: path.tokens.length - 1,
+      drafted: tree.tokens.length - 1,
+      logits: (i) => logits.subarray(path.nodes[i] * vocabulary, (path.nodes[i] + 1) * vocabulary),
+      draftMs: proposed - start,
+      verifyMs: scored - proposed,
+    };
+    given += path.tokens.length;
+    if (given >= maxTokens || stopTokens.has(path.tokens.at(-1)!)) return;
+  }
+}

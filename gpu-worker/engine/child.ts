@@ -1,0 +1,47 @@
+/** Entry of the engine's own process: serves a LocalEngine to its parent. Started by process.ts only. */
+import { toApiError } from "../../shared/errors.ts";
+import { LocalEngine } from "./local.ts";
+import type { FromEngine, ToEngine } from "./process.ts";
+
+const send = (message: FromEngine) => process.send?.(message);
+const running = new Map<number, AbortController>();
+
+function fail(call: number, thrown: unknown): void {
+  const { status, message, code, param } = toApiError(thrown);
+  if (status >= 500 && !running.get(call)?.signal.aborted) console.error(thrown);
+  send({ call, error: { status, message, code, param } });
+}
+
+async function generate(engine: LocalEngine, call: number, request: Parameters<LocalEngine["generate"]>[0]): Promise<void> {
+  const controller = new AbortController();
+  running.set(call, controller);
+  try {
+    for await (const step of engine.generate(request, controller.signal)) send({ call, step });
+    send({ call, done: null });
+  } catch (thrown) {
+    fail(call, thrown);
+  } finally {
+    running.delete(call);
+  }
+}
+
+function serve(engine: LocalEngine): void {
+  const answer = (call: number, result: Promise<unknown>) =>
+    result.then((done) => send({ call, done: done ?? null })).catch((thrown) => fail(call, thrown));
+  process.on("message", (message: ToEngine) => {
+    if ("generate" in message) void generate(engine, message.call, message.generate);
+    else if ("abort" in message) running.get(message.call)?.abort();
+    else if ("missing" in message) void answer(message.call, engine.missingImages(message.missing));
+    else if ("put" in message) void answer(message.call, engine.putImage(message.put, message.bytes));
+  });
+  send({ ready: engine.info });
+}
+
+// The parent decides when to end; Ctrl-C reaches the whole process group, and running streams may end first.
+process.on("SIGINT", () => {});
+process.on("disconnect", () => process.exit(0));
+try {
+  serve(new LocalEngine(JSON.parse(process.argv[2])));
+} catch (thrown) {
+  send({ failed: (thrown as Error).message, checkpoint: (thrown as Error).name !== "Error" });
+}

@@ -1,0 +1,79 @@
+/** The engine in this process: model, images, drafter. The child process runs it, and so does the command line. */
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import { ApiError } from "../../shared/errors.ts";
+import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
+import { Tokenizer } from "../../shared/tokenizer.ts";
+import { type Drafter, noDrafter } from "../decode/drafters/drafter.ts";
+import { type TreeShape, vispecDrafter } from "../decode/drafters/vispec.ts";
+import { generate } from "../decode/generate.ts";
+import { loadModel, type Model } from "../model/model.ts";
+import { CheckpointError } from "../model/weights.ts";
+import type { Engine, Step } from "./engine.ts";
+import { ImageStore } from "./images.ts";
+import { type Device, Runtime } from "./runtime.ts";
+import { Target } from "./target.ts";
+
+export interface EngineOptions {
+  /** Folder of the target's checkpoint. */
+  model: string;
+  /** Folder of the draft; by default the target's `draft` folder, if there is one. */
+  draft?: string;
+  drafter?: "vispec" | "none";
+  /** Fixed tree; without it the tree is chosen from measured costs. */
+  shape?: TreeShape;
+  device?: Device;
+  /** Threads of a pass on the CPU. */
+  threads?: number;
+}
+
+export class LocalEngine implements Engine {
+  readonly info: ModelInfo;
+  readonly runtime: Runtime;
+  readonly model: Model;
+  readonly target: Target;
+  readonly drafter: Drafter;
+  readonly tokenizer: Tokenizer;
+  readonly #images: ImageStore;
+
+  /** Loads the checkpoint; CheckpointError or RangeError says what does not fit. */
+  constructor(options: EngineOptions) {
+    const { shape } = options;
+    if (!existsSync(options.model)) throw new CheckpointError(`${options.model} is no folder`);
+    const beside = join(options.model, "draft");
+    const draft = options.drafter === "none" ? undefined : (options.draft ?? (existsSync(beside) ? beside : undefined));
+    if (options.drafter === "vispec" && draft === undefined) throw new CheckpointError(`${beside} is missing: no draft`);
+    this.runtime = new Runtime(options);
+    this.model = loadModel(this.runtime, options.model, draft);
+    this.target = new Target(this.runtime, this.model);
+    this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, shape);
+    this.tokenizer = new Tokenizer(this.model.tokenizer, this.model.tokenizerConfig);
+    this.#images = new ImageStore(this.runtime, this.model);
+    const { id, created, fingerprint, config, tokenizer, tokenizerConfig } = this.model;
+    const imageToken = this.tokenizer.decode([config.imageToken]);
+    const { contextLength } = config;
+    this.info = { id, created, fingerprint, contextLength, imageToken, tokenizer, tokenizerConfig };
+  }
+
+  async missingImages(hashes: string[]): Promise<string[]> {
+    return [...new Set(hashes)].filter((hash) => !this.#images.has(hash));
+  }
+
+  putImage(hash: string, bytes: Uint8Array): Promise<void> {
+    return this.#images.put(hash, bytes);
+  }
+
+  async *generate(request: GenerateRequest, signal: AbortSignal): AsyncGenerator<Step> {
+    const images = request.images.map((hash) => {
+      const image = this.#images.get(hash);
+      if (!image) throw new ApiError(409, `image ${hash} is not held any more`, { code: "image_missing" });
+      return image;
+    });
+    yield* generate(this, request, images, signal);
+  }
+
+  async close(): Promise<void> {
+    const { language, mover, vision, draft } = this.model;
+    for (const session of [language, mover, vision, draft?.layer, draft?.bias, draft?.adaptor]) session?.[Symbol.dispose]();
+  }
+}

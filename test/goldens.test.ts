@@ -1,0 +1,167 @@
+/** The engine against what Hugging Face's own code and the published ViSpec code answer for the tiny checkpoint. */
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import type { TreeShape } from "../gpu-worker/decode/drafters/vispec.ts";
+import { type VispecDrafting, vispecDrafter } from "../gpu-worker/decode/drafters/vispec.ts";
+import { argmax } from "../gpu-worker/decode/sample.ts";
+import { writeTreeMask } from "../gpu-worker/decode/tree.ts";
+import type { LocalEngine } from "../gpu-worker/engine/local.ts";
+import { expandPrompt } from "../gpu-worker/model/qwen/positions.ts";
+import {
+  type Case,
+  cases,
+  collect,
+  goldenTensors,
+  maxDifference,
+  openEngine,
+  prepare,
+  readGolden,
+} from "./support/goldens.ts";
+
+const TOLERANCE = 2e-3; // of logits and hidden states, from the goldens' README
+
+let engine: LocalEngine;
+beforeAll(() => {
+  engine = openEngine();
+});
+afterAll(() => engine.close());
+
+async function context(golden: Case, maxTree = 60) {
+  const { request, images } = await prepare(engine, golden);
+  const expanded = expandPrompt(request.tokens, images.map((i) => i.grid), engine.model.config.imageToken); // biome-ignore format: one call
+  return engine.target.prefill({ expanded, imageRows: images.map((i) => i.rows) }, 256, maxTree);
+}
+
+describe("prompts", () => {
+  test.each(cases)("$id has the ids, positions and rope delta of Hugging Face's processor", async (golden) => {
+    const { request, images } = await prepare(engine, golden);
+    const expanded = expandPrompt(request.tokens, images.map((i) => i.grid), engine.model.config.imageToken); // biome-ignore format: one call
+    expect(expanded.tokens).toEqual(golden.input_ids);
+    expect(expanded.positions.map((row) => [...row])).toEqual(golden.position_ids);
+    expect(expanded.delta).toBe(golden.rope_delta);
+  });
+});
+
+describe("activations", () => {
+  const tensors = goldenTensors();
+  const having = (name: string) => cases.filter(({ id }) => tensors.has(`${id}.${name}`));
+
+  test.each(having("vision_after_merger"))("$id: the vision tower's rows", async (golden) => {
+    const { images } = await prepare(engine, golden);
+    expect(maxDifference(images[0].rows, tensors.get(`${golden.id}.vision_after_merger`)!)).toBeLessThan(TOLERANCE);
+  });
+
+  test.each(having("last_hidden"))("$id: hidden states of every prompt token, and the last logits", async (golden) => {
+    using sequence = await context(golden);
+    const hidden = tensors.get(`${golden.id}.last_hidden`)!;
+    expect(maxDifference(sequence.hidden.f32.subarray(0, hidden.length), hidden)).toBeLessThan(TOLERANCE);
+    const logits = tensors.get(`${golden.id}.logits_last2`)!.subarray(sequence.firstLogits.length);
+    expect(maxDifference(sequence.firstLogits, logits)).toBeLessThan(TOLERANCE);
+  });
+});
+
+describe("greedy answers", () => {
+  const shapes: (TreeShape | undefined)[] = [
+    { totalToken: 30, depth: 3, topK: 8 },
+    { totalToken: 16, depth: 4, topK: 4 },
+    { totalToken: 60, depth: 5, topK: 10 },
+    { totalToken: 7, depth: 5, topK: 1 },
+    { totalToken: 2, depth: 0, topK: 1 },
+    undefined,
+  ];
+  const trees = readGolden("draft.json").rows;
+  const acceptedOf = (id: string, shape?: TreeShape) =>
+    trees.find(
+      ({ case: name, tree }: { case: string; tree: Record<string, number> }) =>
+        name === id &&
+        tree.total_token === shape?.totalToken &&
+        tree.depth === shape?.depth &&
+        tree.top_k === shape?.topK,
+    )?.loop.accepted as number[] | undefined;
+
+  test("plain decoding gives the ids and texts of all cases", async () => {
+    const plain = openEngine({ drafter: "none" });
+    try {
+      for (const golden of cases) {
+        const { request } = await prepare(plain, golden);
+        const steps = await collect(plain.generate(request, AbortSignal.timeout(60_000)));
+        expect(
+          steps.flatMap((s) => s.tokens),
+          golden.id,
+        ).toEqual(golden.output_ids);
+        expect(steps.map((s) => s.text).join(""), golden.id).toBe(golden.output_text);
+        expect(steps.at(-1)!.finish).toMatchObject({ reason: "stop", imageTokens: golden.image_tokens });
+      }
+    } finally {
+      await plain.close();
+    }
+  });
+
+  test.each(shapes)(
+    "ViSpec with %o gives the ids of all cases, and accepts as the published code does",
+    async (shape) => {
+      const drafted = openEngine({ shape });
+      try {
+        for (const golden of cases) {
+          const { request } = await prepare(drafted, golden);
+          const steps = await collect(drafted.generate(request, AbortSignal.timeout(60_000)));
+          expect(
+            steps.flatMap((s) => s.tokens),
+            golden.id,
+          ).toEqual(golden.output_ids);
+          const wanted = acceptedOf(golden.id, shape);
+          const { acceptedPerCycle, cycles } = steps.at(-1)!.finish!;
+          // The reference goes on beyond an end-of-sequence token, in the cycle that accepts it and for one cycle more.
+          if (wanted) expect(acceptedPerCycle.slice(0, -1), golden.id).toEqual(wanted.slice(0, cycles - 1));
+          if (wanted) expect([cycles, cycles + 1], golden.id).toContain(wanted.length);
+        }
+      } finally {
+        await drafted.close();
+      }
+    },
+  );
+
+  test("a limit cuts the answer exactly, whatever the tree holds beyond it", async () => {
+    const golden = cases[0];
+    for (const maxTokens of [1, 2, 5, 6, 7]) {
+      const { request } = await prepare(engine, golden, { maxTokens });
+      const steps = await collect(engine.generate(request, AbortSignal.timeout(60_000)));
+      expect(steps.flatMap((s) => s.tokens)).toEqual(golden.output_ids.slice(0, maxTokens));
+      expect(steps.at(-1)!.finish!.reason).toBe("length");
+    }
+  });
+});
+
+describe("the draft's first tree", () => {
+  const rows = readGolden("draft.json").rows.filter((row: { first?: unknown }) => row.first);
+
+  test.each(rows.map((row: { case: string; tree: object }) => [row.case, JSON.stringify(row.tree), row]))(
+    "%s %s: hidden row, tokens, mask, positions and scores",
+    async (id, _tree, row) => {
+      const { first, tree: t } = row as { first: Record<string, never>; tree: Record<string, number> };
+      using sequence = await context(cases.find((c) => c.id === id)!);
+      const root = argmax(sequence.firstLogits);
+      expect(root).toBe(first.first_token);
+      const shape = { totalToken: t.total_token, depth: t.depth, topK: t.top_k };
+      using drafting = vispecDrafter(engine.runtime, engine.model, shape).start(sequence, 64) as VispecDrafting;
+      const prompt = sequence.prompt.expanded.tokens.length;
+      drafting.sequence.prefill(root);
+      const width = engine.model.config.language.hidden;
+      const at = drafting.sequence.lastRow * width;
+      expect(maxDifference(drafting.sequence.out.subarray(at, at + width), first.out_hidden_last)).toBeLessThan(
+        TOLERANCE,
+      );
+      expect(drafting.sequence.cache.length).toBe(first.kv_length);
+      expect(drafting.sequence.position).toBe(first.kv_real_length);
+      using again = vispecDrafter(engine.runtime, engine.model, shape).start(sequence, 64) as VispecDrafting;
+      const tree = again.propose({ rows: [prompt - 1], next: [root] });
+      expect(tree.tokens).toEqual(first.draft_tokens);
+      expect(tree.depths).toEqual(first.tree_position_ids);
+      const n = tree.tokens.length;
+      const mask = new Float32Array(n * n);
+      writeTreeMask(mask, n, 0, tree.parents);
+      const lines = Array.from({ length: n }, (_, i) => [...mask.subarray(i * n, (i + 1) * n)].map((v) => (v === 0 ? 1 : 0)).join("")); // biome-ignore format: one row a line
+      expect(lines).toEqual(first.tree_mask);
+      expect(maxDifference(tree.scores, first.scores)).toBeLessThan(TOLERANCE);
+    },
+  );
+});

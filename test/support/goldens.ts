@@ -1,0 +1,101 @@
+/** Reads the goldens (test/goldens/README.md says how they were made) and asks the engine what they ask. */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import type { Step } from "../../gpu-worker/engine/engine.ts";
+import { encodePicture, type ImageRows } from "../../gpu-worker/engine/images.ts";
+import { type EngineOptions, LocalEngine } from "../../gpu-worker/engine/local.ts";
+import { decodeImage } from "../../gpu-worker/input/decode.ts";
+import { ChatModel, prepareChat } from "../../shared/chat.ts";
+import type { GenerateRequest } from "../../shared/protocol.ts";
+
+export const GOLDENS = join(import.meta.dirname, "../goldens/qwen");
+export const MODEL = join(import.meta.dirname, "../../models/tiny-qwen2.5-vl");
+
+export const readGolden = (name: string) => JSON.parse(readFileSync(join(GOLDENS, name), "utf8"));
+
+interface Part {
+  type: string;
+  image_url?: { url: string };
+}
+
+export interface Case {
+  id: string;
+  messages: { role: string; content: string | Part[] }[];
+  input_ids: number[];
+  position_ids: number[][];
+  rope_delta: number;
+  output_ids: number[];
+  output_text: string;
+  image_tokens: number;
+}
+
+export const cases: Case[] = readGolden("cases.json").cases;
+
+/** A case's messages with its pictures as data: URLs. */
+export function withImages({ messages }: Case) {
+  return messages.map((message) => ({
+    ...message,
+    content:
+      typeof message.content === "string"
+        ? message.content
+        : message.content.map((part) =>
+            part.image_url === undefined
+              ? part
+              : { type: "image_url", image_url: { url: dataUrl(part.image_url.url) } },
+          ),
+  }));
+}
+
+export function dataUrl(name: string): string {
+  return `data:image/png;base64,${readFileSync(join(GOLDENS, name)).toString("base64")}`;
+}
+
+/** A case as the engine's request, with its pictures' rows. */
+export async function prepare(
+  engine: LocalEngine,
+  golden: Case,
+  change: Partial<GenerateRequest> = {},
+): Promise<{ request: GenerateRequest; images: ImageRows[] }> {
+  const chat = { messages: withImages(golden), temperature: 0, max_tokens: 256 };
+  const prepared = await prepareChat(chat as never, new ChatModel(engine.info), golden.id);
+  const images: ImageRows[] = [];
+  for (const hash of prepared.request.images) {
+    const { bytes } = prepared.images.get(hash)!;
+    await engine.putImage(hash, bytes);
+    images.push(encodePicture(engine.runtime, engine.model, await decodeImage(bytes)));
+  }
+  return { request: { ...prepared.request, ...change }, images };
+}
+
+/** All steps of one generation. */
+export async function collect(steps: AsyncIterable<Step>): Promise<Step[]> {
+  const all: Step[] = [];
+  for await (const step of steps) all.push(step);
+  return all;
+}
+
+export function openEngine(options: Partial<EngineOptions> = {}): LocalEngine {
+  return new LocalEngine({ model: MODEL, ...options });
+}
+
+/** Float32 tensors of tensors.safetensors by name. */
+export function goldenTensors(): Map<string, Float32Array> {
+  const file = readFileSync(join(GOLDENS, "tensors.safetensors"));
+  const length = Number(file.readBigUInt64LE());
+  const header = JSON.parse(file.subarray(8, 8 + length).toString());
+  const tensors = new Map<string, Float32Array>();
+  for (const [name, entry] of Object.entries<{ dtype: string; data_offsets: [number, number] }>(header)) {
+    if (entry.dtype !== "F32") continue;
+    const [from, to] = entry.data_offsets.map((offset) => 8 + length + offset);
+    tensors.set(name, new Float32Array(file.buffer.slice(file.byteOffset + from, file.byteOffset + to)));
+  }
+  return tensors;
+}
+
+/** The largest difference of two rows of numbers. */
+export function maxDifference(a: ArrayLike<number>, b: ArrayLike<number>): number {
+  if (a.length !== b.length) return Number.POSITIVE_INFINITY;
+  let worst = 0;
+  for (let i = 0; i < a.length; i++) worst = Math.max(worst, Math.abs(a[i] - b[i]));
+  return worst;
+}
