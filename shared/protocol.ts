@@ -4,7 +4,10 @@ import { z } from "zod";
 /** A SHA-256 of an image's encoded bytes, in hex: the name under which a GPU worker holds the image. */
 export const ImageHash = z.string().regex(/^[0-9a-f]{64}$/, "must be a SHA-256 in lower-case hex");
 
-const seed = z.int().min(-(2 ** 53) + 1).max(2 ** 53 - 1);
+const seed = z
+  .int()
+  .min(-(2 ** 53) + 1)
+  .max(2 ** 53 - 1);
 
 /** How the next token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 cut nothing. */
 export const Sampling = z.strictObject({

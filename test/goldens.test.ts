@@ -1,6 +1,6 @@
 /** The engine against what Hugging Face's own code and the published ViSpec code answer for the tiny checkpoint. */
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import type { TreeShape } from "../gpu-worker/decode/drafters/vispec.ts";
+import { fixedPlan, type TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { type VispecDrafting, vispecDrafter } from "../gpu-worker/decode/drafters/vispec.ts";
 import { argmax } from "../gpu-worker/decode/sample.ts";
 import { writeTreeMask } from "../gpu-worker/decode/tree.ts";
@@ -134,15 +134,17 @@ describe("greedy answers", () => {
 describe("the draft's first tree", () => {
   const rows = readGolden("draft.json").rows.filter((row: { first?: unknown }) => row.first);
 
-  test.each(rows.map((row: { case: string; tree: object }) => [row.case, JSON.stringify(row.tree), row]))(
-    "%s %s: hidden row, tokens, mask, positions and scores",
-    async (id, _tree, row) => {
-      const { first, tree: t } = row as { first: Record<string, never>; tree: Record<string, number> };
+  test.each(rows as { case: string; tree: Record<string, number>; first: Record<string, never> }[])(
+    "$case, $tree: hidden row, tokens, mask, positions and scores",
+    async ({ case: id, tree: t, first }) => {
       using sequence = await context(cases.find((c) => c.id === id)!);
       const root = argmax(sequence.firstLogits);
       expect(root).toBe(first.first_token);
       const shape = { totalToken: t.total_token, depth: t.depth, topK: t.top_k };
-      using drafting = vispecDrafter(engine.runtime, engine.model, shape).start(sequence, 64) as VispecDrafting;
+      using drafting = vispecDrafter(engine.runtime, engine.model, () => fixedPlan(shape)).start(
+        sequence,
+        64,
+      ) as VispecDrafting;
       const prompt = sequence.prompt.expanded.tokens.length;
       drafting.sequence.prefill(root);
       const width = engine.model.config.language.hidden;
@@ -152,7 +154,10 @@ describe("the draft's first tree", () => {
       );
       expect(drafting.sequence.cache.length).toBe(first.kv_length);
       expect(drafting.sequence.position).toBe(first.kv_real_length);
-      using again = vispecDrafter(engine.runtime, engine.model, shape).start(sequence, 64) as VispecDrafting;
+      using again = vispecDrafter(engine.runtime, engine.model, () => fixedPlan(shape)).start(
+        sequence,
+        64,
+      ) as VispecDrafting;
       const tree = again.propose({ rows: [prompt - 1], next: [root] });
       expect(tree.tokens).toEqual(first.draft_tokens);
       expect(tree.depths).toEqual(first.tree_position_ids);

@@ -41,7 +41,8 @@ function messagesOf(flags: Flags, files: string[]): unknown {
     const parts = images.map((file) => ({ type: "image_url", image_url: { url: dataUrl(file, "image") } }));
     return [{ role: "user", content: [...parts, { type: "text", text: flags.prompt }] }];
   }
-  if (flags.prompt !== undefined || images.length > 0) throw new UsageError("--messages stands alone: no --prompt, no --image");
+  if (flags.prompt !== undefined || images.length > 0)
+    throw new UsageError("--messages stands alone: no --prompt, no --image");
   const file = resolve(flags.messages as string);
   let messages: unknown;
   try {

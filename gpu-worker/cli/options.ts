@@ -1,6 +1,6 @@
 /** Reads the command line: flags to checked values. A mistake is a UsageError that names the flag. */
 import { parseArgs } from "node:util";
-import type { TreeShape } from "../decode/drafters/vispec.ts";
+import type { TreeShape } from "../decode/drafters/plan.ts";
 import type { EngineOptions } from "../engine/local.ts";
 
 export class UsageError extends Error {
@@ -46,7 +46,8 @@ export function number(
 function oneOf<T extends string>(flags: Flags, name: string, choices: readonly T[]): T | undefined {
   const value = flags[name];
   if (value === undefined) return undefined;
-  if (!choices.includes(value as T)) throw new UsageError(`--${name} is ${value}; it must be one of ${choices.join(", ")}`);
+  if (!choices.includes(value as T))
+    throw new UsageError(`--${name} is ${value}; it must be one of ${choices.join(", ")}`);
   return value as T;
 }
 

@@ -33,7 +33,12 @@ export interface DecodeOptions {
  * Decodes one sequence, a cycle at a time; ends after a stop token or maxTokens. Leaving the generator frees the
  * sequence's memory. Throws the signal's reason within one cycle of an abort.
  */
-export async function* decode(target: Target, drafter: Drafter, prompt: Prompt, options: DecodeOptions): AsyncGenerator<Cycle> {
+export async function* decode(
+  target: Target,
+  drafter: Drafter,
+  prompt: Prompt,
+  options: DecodeOptions,
+): AsyncGenerator<Cycle> {
   const { sampler, maxTokens, stopTokens, signal } = options;
   const vocabulary = target.vocabulary;
   let given = 0;

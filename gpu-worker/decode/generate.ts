@@ -119,10 +119,14 @@ function roomFor(prompt: number, asked: number | null, context: number): number 
   const room = context - prompt;
   const code = "context_length_exceeded";
   if (room < 1)
-    throw new ApiError(400, `the prompt has ${prompt} tokens, its images' included; the model's context is ${context}`, {
-      code,
-      param: "messages",
-    });
+    throw new ApiError(
+      400,
+      `the prompt has ${prompt} tokens, its images' included; the model's context is ${context}`,
+      {
+        code,
+        param: "messages",
+      },
+    );
   if (asked !== null && asked > room)
     throw new ApiError(
       400,

@@ -12,7 +12,11 @@ function fail(call: number, thrown: unknown): void {
   send({ call, error: { status, message, code, param } });
 }
 
-async function generate(engine: LocalEngine, call: number, request: Parameters<LocalEngine["generate"]>[0]): Promise<void> {
+async function generate(
+  engine: LocalEngine,
+  call: number,
+  request: Parameters<LocalEngine["generate"]>[0],
+): Promise<void> {
   const controller = new AbortController();
   running.set(call, controller);
   try {

@@ -5,10 +5,12 @@ import { ApiError } from "../../shared/errors.ts";
 import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
 import { Tokenizer } from "../../shared/tokenizer.ts";
 import { type Drafter, noDrafter } from "../decode/drafters/drafter.ts";
-import { type TreeShape, vispecDrafter } from "../decode/drafters/vispec.ts";
+import { AdaptivePlan, fixedPlan, type Plan, type TreeShape, Trust } from "../decode/drafters/plan.ts";
+import { vispecDrafter } from "../decode/drafters/vispec.ts";
 import { generate } from "../decode/generate.ts";
 import { loadModel, type Model } from "../model/model.ts";
 import { CheckpointError } from "../model/weights.ts";
+import { measureCosts } from "./costs.ts";
 import type { Engine, Step } from "./engine.ts";
 import { ImageStore } from "./images.ts";
 import { type Device, Runtime } from "./runtime.ts";
@@ -42,17 +44,25 @@ export class LocalEngine implements Engine {
     if (!existsSync(options.model)) throw new CheckpointError(`${options.model} is no folder`);
     const beside = join(options.model, "draft");
     const draft = options.drafter === "none" ? undefined : (options.draft ?? (existsSync(beside) ? beside : undefined));
-    if (options.drafter === "vispec" && draft === undefined) throw new CheckpointError(`${beside} is missing: no draft`);
+    if (options.drafter === "vispec" && draft === undefined)
+      throw new CheckpointError(`${beside} is missing: no draft`);
     this.runtime = new Runtime(options);
     this.model = loadModel(this.runtime, options.model, draft);
     this.target = new Target(this.runtime, this.model);
-    this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, shape);
+    this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, this.#planner(shape));
     this.tokenizer = new Tokenizer(this.model.tokenizer, this.model.tokenizerConfig);
     this.#images = new ImageStore(this.runtime, this.model);
     const { id, created, fingerprint, config, tokenizer, tokenizerConfig } = this.model;
     const imageToken = this.tokenizer.decode([config.imageToken]);
     const { contextLength } = config;
     this.info = { id, created, fingerprint, contextLength, imageToken, tokenizer, tokenizerConfig };
+  }
+
+  #planner(shape: TreeShape | undefined): () => Plan {
+    if (shape) return () => fixedPlan(shape);
+    const costs = measureCosts(this.runtime, this.model, this.target);
+    const trust = new Trust();
+    return () => new AdaptivePlan(costs, trust);
   }
 
   async missingImages(hashes: string[]): Promise<string[]> {
@@ -74,6 +84,7 @@ export class LocalEngine implements Engine {
 
   async close(): Promise<void> {
     const { language, mover, vision, draft } = this.model;
-    for (const session of [language, mover, vision, draft?.layer, draft?.bias, draft?.adaptor]) session?.[Symbol.dispose]();
+    for (const session of [language, mover, vision, draft?.layer, draft?.bias, draft?.adaptor])
+      session?.[Symbol.dispose]();
   }
 }

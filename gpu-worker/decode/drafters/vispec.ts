@@ -1,81 +1,88 @@
 /** ViSpec's drafter: builds the tree from the draft model's candidates (EAGLE-2's dynamic tree). Knows no verification. */
-
 import type { Context, Fresh } from "../../engine/context.ts";
 import { type Candidates, DraftSequence } from "../../engine/draft.ts";
 import type { Runtime } from "../../engine/runtime.ts";
 import type { Model } from "../../model/model.ts";
-import type { Tree } from "../tree.ts";
+import { rootOnly, type Tree } from "../tree.ts";
 import type { Drafter, Drafting } from "./drafter.ts";
-
-export interface TreeShape {
-  /** Nodes of the tree, root included. */
-  totalToken: number;
-  /** Levels below the first. */
-  depth: number;
-  /** Children a node, and nodes that are expanded a level. */
-  topK: number;
-}
+import type { Plan } from "./plan.ts";
 
 /** Every node that was seen while drafting, in order of creation; the root is not among them. */
-class Candidate {
-  readonly token: number;
-  /** Index of the parent among the candidates, -1 under the root. */
-  readonly parent: number;
-  readonly depth: number;
+interface Seen {
+  tokens: number[];
+  /** Index of each node's parent among them, -1 under the root. */
+  parents: number[];
+  depths: number[];
   /** Sum of log-probabilities from the root. */
-  readonly score: number;
-  /** Index among the nodes that were fed to the draft, once it is one. */
-  fed = -1;
-
-  constructor(token: number, parent: number, depth: number, score: number) {
-    this.token = token;
-    this.parent = parent;
-    this.depth = depth;
-    this.score = score;
-  }
+  scores: number[];
+  /** Index among the nodes that were fed to the draft; -1 for the others. */
+  fed: number[];
 }
 
-/** Indices of the n best scores, the earlier first on ties. */
-export function best(candidates: readonly Candidate[], from: number, n: number): number[] {
-  const order = candidates.map((_, i) => i).slice(from);
-  return order.sort((a, b) => candidates[b].score - candidates[a].score || a - b).slice(0, n);
+/** Indices of the n best scores from `from` on, the earlier first on ties. */
+function best(scores: readonly number[], from: number, n: number): number[] {
+  const order: number[] = [];
+  for (let i = from; i < scores.length; i++) order.push(i);
+  return order.sort((a, b) => scores[b] - scores[a] || a - b).slice(0, n);
 }
 
 export class VispecDrafting implements Drafting {
   readonly sequence: DraftSequence;
-  readonly #shape: TreeShape;
+  readonly #plan: Plan;
   #started = false;
+  #resting = false;
 
-  constructor(sequence: DraftSequence, shape: TreeShape) {
+  constructor(sequence: DraftSequence, plan: Plan) {
     this.sequence = sequence;
-    this.#shape = shape;
+    this.#plan = plan;
   }
 
   propose(fresh: Fresh): Tree {
-    const first = this.#started ? this.sequence.extend(fresh) : this.sequence.prefill(fresh.next.at(-1)!);
+    const root = fresh.next.at(-1)!;
+    if (this.#started) this.#plan.learn(fresh.next.length - 1);
+    // Once plain decoding is faster the draft's cache is let fall behind: it rests for the rest of the sequence.
+    if ((this.#resting ||= this.#plan.loses)) return rootOnly(root);
+    const first = this.#started ? this.sequence.extend(fresh) : this.sequence.prefill(root);
     this.#started = true;
-    const { depth, topK, totalToken } = this.#shape;
-    const candidates: Candidate[] = [];
-    addChildren(candidates, first, 0, topK, -1, 1, 0);
-    let beams = best(candidates, 0, topK);
-    let rows = beams.map(() => this.sequence.lastRow);
+    const seen: Seen = { tokens: [], parents: [], depths: [], scores: [], fed: [] };
+    this.#addChildren(seen, first, 0, -1);
+    this.#drawLevels(seen);
+    return grow(root, seen, best(seen.scores, 0, this.#plan.size(seen.scores)));
+  }
+
+  #drawLevels(seen: Seen): void {
+    const { topK } = this.#plan;
     const fedParents: number[] = [];
-    for (let level = 0; level < depth; level++) {
+    let before = 0;
+    let fed: number[] = [];
+    for (let level = 0; ; level++) {
+      let beams = best(seen.scores, before, topK);
+      const width = this.#plan.width(level, beams.map((i) => seen.scores[i]), seen.scores); // biome-ignore format: one call
+      if (width === 0) return;
+      beams = beams.slice(0, width);
+      const rows = beams.map((i) => (level === 0 ? this.sequence.lastRow : fed.indexOf(seen.parents[i])));
       for (const i of beams) {
-        const { parent } = candidates[i];
-        candidates[i].fed = fedParents.length;
-        fedParents.push(parent < 0 ? -1 : candidates[parent].fed);
+        seen.fed[i] = fedParents.length;
+        fedParents.push(seen.parents[i] < 0 ? -1 : seen.fed[seen.parents[i]]);
       }
-      const tokens = beams.map((i) => candidates[i].token);
+      const tokens = beams.map((i) => seen.tokens[i]);
       const found = this.sequence.level(tokens, rows, fedParents, level);
-      const before = candidates.length;
-      for (const [row, i] of beams.entries())
-        addChildren(candidates, found, row, topK, i, level + 2, candidates[i].score);
-      const next = best(candidates, before, topK);
-      rows = next.map((i) => beams.indexOf(candidates[i].parent));
-      beams = next;
+      before = seen.tokens.length;
+      for (const [row, i] of beams.entries()) this.#addChildren(seen, found, row, i);
+      fed = beams;
     }
-    return grow(fresh.next.at(-1)!, candidates, best(candidates, 0, totalToken - 1));
+  }
+
+  #addChildren(seen: Seen, { tokens, logProbs }: Candidates, row: number, parent: number): void {
+    const { topK } = this.#plan;
+    const [depth, score] = parent < 0 ? [1, 0] : [seen.depths[parent] + 1, seen.scores[parent]];
+    for (let i = row * topK; i < (row + 1) * topK; i++) {
+      seen.tokens.push(Number(tokens[i]));
+      seen.parents.push(parent);
+      seen.depths.push(depth);
+      seen.scores.push(score + logProbs[i]);
+      seen.fed.push(-1);
+    }
   }
 
   [Symbol.dispose](): void {
@@ -83,42 +90,29 @@ export class VispecDrafting implements Drafting {
   }
 }
 
-function addChildren(
-  to: Candidate[],
-  { tokens, logProbs }: Candidates,
-  row: number,
-  topK: number,
-  parent: number,
-  depth: number,
-  score: number,
-): void {
-  for (let i = row * topK; i < (row + 1) * topK; i++)
-    to.push(new Candidate(Number(tokens[i]), parent, depth, score + logProbs[i]));
-}
-
-/** The tree of the kept candidates, in order of creation: a parent's score is never below its children's. */
-function grow(root: number, candidates: readonly Candidate[], kept: number[]): Tree {
-  const tree: Tree = { tokens: [root], parents: [-1], depths: [0], scores: [0] };
+/** The tree of the kept nodes, in order of creation: a parent's score is never below its children's. */
+function grow(root: number, seen: Seen, kept: number[]): Tree {
+  const tree = rootOnly(root);
   const place = new Map([[-1, 0]]);
   for (const i of kept.sort((a, b) => a - b)) {
-    const { token, parent, depth, score } = candidates[i];
     place.set(i, tree.tokens.length);
-    tree.tokens.push(token);
-    tree.parents.push(place.get(parent)!);
-    tree.depths.push(depth);
-    tree.scores.push(score);
+    tree.tokens.push(seen.tokens[i]);
+    tree.parents.push(place.get(seen.parents[i])!);
+    tree.depths.push(seen.depths[i]);
+    tree.scores.push(seen.scores[i]);
   }
   return tree;
 }
 
-/** A drafter of fixed tree shape. Throws RangeError for a shape that cannot be. */
-export function vispecDrafter(runtime: Runtime, model: Model, shape: TreeShape = { totalToken: 30, depth: 3, topK: 8 }): Drafter {
+/** `plan` is asked for a plan at the start of every sequence. */
+export function vispecDrafter(runtime: Runtime, model: Model, plan: () => Plan): Drafter {
   return {
-    maxTree: shape.totalToken,
+    maxTree: plan().maxTree,
     start(context: Context, room: number) {
-      const rows = Math.max(shape.topK, shape.depth + 2);
-      const scratch = shape.topK * shape.depth;
-      return new VispecDrafting(new DraftSequence(runtime, model, context, room, rows, scratch, shape.topK), shape);
+      const own = plan();
+      const rows = Math.max(own.topK, own.maxDepth + 2);
+      const scratch = own.topK * own.maxDepth;
+      return new VispecDrafting(new DraftSequence(runtime, model, context, room, rows, scratch, own.topK), own);
     },
   };
 }

@@ -1,0 +1,54 @@
+/** Measures what passes cost here: the table that trees are chosen by. */
+import type { Costs } from "../decode/drafters/plan.ts";
+import type { Model } from "../model/model.ts";
+import { DraftSequence } from "./draft.ts";
+import type { Runtime } from "./runtime.ts";
+import type { Target } from "./target.ts";
+
+const PROMPT = 128;
+const NODES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
+const ROWS = [1, 2, 3, 4, 6];
+const REPEATS = 9;
+
+function median(run: () => void): number {
+  for (let i = 0; i < 3; i++) run();
+  const times = Array.from({ length: REPEATS }, () => {
+    const start = performance.now();
+    run();
+    return performance.now() - start;
+  });
+  return times.sort((a, b) => a - b)[REPEATS >> 1];
+}
+
+/** Linear between measured points, and beyond the last as between the last two. */
+export function interpolate(at: readonly number[], values: readonly number[]): (x: number) => number {
+  return (x) => {
+    let i = 1;
+    while (i < at.length - 1 && at[i] < x) i++;
+    const slope = (values[i] - values[i - 1]) / (at[i] - at[i - 1]);
+    return values[i - 1] + slope * (x - at[i - 1]);
+  };
+}
+
+/** Medians over a few passes after a prompt of 128 tokens; takes some tenths of a second on a small model. */
+export function measureCosts(runtime: Runtime, model: Model, target: Target): Costs {
+  const tokens = new Array<number>(PROMPT).fill(0);
+  const row = Int32Array.from(tokens, (_, i) => i);
+  const prompt = { expanded: { tokens, images: [], positions: [row, row, row], delta: 0 } as never, imageRows: [] };
+  const most = NODES.at(-1)!;
+  using context = target.prefill(prompt, most, most);
+  const chain = (n: number) => Array.from({ length: n }, (_, i) => i - 1);
+  const verify = NODES.map((n) => {
+    const tree = { tokens: tokens.slice(0, n), parents: chain(n), depths: chain(n).map((p) => p + 1), scores: [] };
+    return median(() => context.score(tree));
+  });
+  const widest = ROWS.at(-1)!;
+  using sequence = new DraftSequence(runtime, model, context, most, widest, widest, widest);
+  sequence.prefill(0);
+  const draft = ROWS.map((n) => {
+    const under = new Array<number>(n).fill(-1);
+    const from = new Array<number>(n).fill(0);
+    return median(() => sequence.level(tokens.slice(0, n), from, under, 0));
+  });
+  return { verify: interpolate(NODES, verify), draft: interpolate(ROWS, draft) };
+}
