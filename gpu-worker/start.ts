@@ -17,7 +17,7 @@ const root = fileURLToPath(new URL("..", import.meta.url));
  * of its own, so that a terminal's Ctrl-C reaches only this process, which then closes in order. Killed and not asked to
  * end, since workerd would wait for streams under way; it has nothing to lose.
  */
-const LIFELINE = '"$0" "$@" </dev/null & exec 3>&-; read -r _; kill -9 $!; wait $!';
+const LIFELINE = '"$0" "$@" </dev/null & exec 3>&-; read -r _; exec 2>/dev/null; kill -9 $!; wait $!';
 
 export interface RunningEdge {
   url: string;

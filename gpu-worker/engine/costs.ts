@@ -8,16 +8,19 @@ import type { Target } from "./target.ts";
 const PROMPT = 128;
 const NODES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 const ROWS = [1, 2, 3, 4, 6];
-const REPEATS = 9;
+const REPEATS = 12;
 
-function median(run: () => void): number {
-  for (let i = 0; i < 3; i++) run();
-  const times = Array.from({ length: REPEATS }, () => {
-    const start = performance.now();
-    run();
-    return performance.now() - start;
+/** Lower quartile of each run's milliseconds: what a pass takes when nothing else is in its way. */
+function time(runs: (() => void)[]): number[] {
+  for (const run of runs) for (let i = 0; i < 3; i++) run(); // the first passes of a shape, and of this code, are slow
+  return runs.map((run) => {
+    const times = Array.from({ length: REPEATS }, () => {
+      const start = performance.now();
+      run();
+      return performance.now() - start;
+    });
+    return times.sort((a, b) => a - b)[REPEATS >> 2];
   });
-  return times.sort((a, b) => a - b)[REPEATS >> 1];
 }
 
 /** Linear between measured points, and beyond the last as between the last two. */
@@ -30,7 +33,7 @@ export function interpolate(at: readonly number[], values: readonly number[]): (
   };
 }
 
-/** Medians over a few passes after a prompt of 128 tokens; takes some tenths of a second on a small model. */
+/** A few passes after a prompt of 128 tokens; takes some tenths of a second on a small model. */
 export function measureCosts(runtime: Runtime, model: Model, target: Target): Costs {
   const tokens = new Array<number>(PROMPT).fill(0);
   const row = Int32Array.from(tokens, (_, i) => i);
@@ -38,17 +41,18 @@ export function measureCosts(runtime: Runtime, model: Model, target: Target): Co
   const most = NODES.at(-1)!;
   using context = target.prefill(prompt, most, most);
   const chain = (n: number) => Array.from({ length: n }, (_, i) => i - 1);
-  const verify = NODES.map((n) => {
-    const tree = { tokens: tokens.slice(0, n), parents: chain(n), depths: chain(n).map((p) => p + 1), scores: [] };
-    return median(() => context.score(tree));
+  const trees = NODES.map((n) => {
+    return { tokens: tokens.slice(0, n), parents: chain(n), depths: chain(n).map((p) => p + 1), scores: [] };
   });
+  const verify = time(trees.map((tree) => () => context.score(tree)));
   const widest = ROWS.at(-1)!;
   using sequence = new DraftSequence(runtime, model, context, most, widest, widest, widest);
   sequence.prefill(0);
-  const draft = ROWS.map((n) => {
+  const levels = ROWS.map((n) => {
     const under = new Array<number>(n).fill(-1);
     const from = new Array<number>(n).fill(0);
-    return median(() => sequence.level(tokens.slice(0, n), from, under, 0));
+    return () => sequence.level(tokens.slice(0, n), from, under, 0);
   });
+  const draft = time(levels);
   return { verify: interpolate(NODES, verify), draft: interpolate(ROWS, draft) };
 }

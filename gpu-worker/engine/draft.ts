@@ -1,6 +1,5 @@
 /** ViSpec's draft model at work on one sequence: its own cache, the adaptor's rows, passes over rows and over tree levels. */
 import type { Model } from "../model/model.ts";
-import { frequencies, ropeTable } from "../model/rope.ts";
 import { SequenceCache } from "./cache.ts";
 import type { Context, Fresh } from "./context.ts";
 import type { Binding, Runtime, Tensor } from "./runtime.ts";
@@ -48,16 +47,16 @@ export class DraftSequence implements Disposable {
     scratch: number,
     topK: number,
   ) {
-    const { config } = model.draft!;
+    const { config, rope } = model.draft!;
     const prompt = context.prompt.expanded.tokens.length;
     this.#runtime = runtime;
     this.#model = model;
     this.#context = context;
     this.topK = topK;
     this.cache = new SequenceCache(runtime, { ...config, layers: 1 }, prompt + room + scratch, maxRows);
-    const table = ropeTable(this.cache.capacity, frequencies(config.headSize, config.ropeTheta));
-    this.cache.cos.f32.set(table.cos);
-    this.cache.sin.f32.set(table.sin);
+    const angles = (this.cache.capacity * config.headSize) / 2;
+    this.cache.cos.f32.set(rope.cos.subarray(0, angles));
+    this.cache.sin.f32.set(rope.sin.subarray(0, angles));
     const ints = (n: number) => runtime.tensor("i64", n);
     this.#tensors = {
       ids: ints(maxRows),

@@ -47,7 +47,7 @@ export class LocalEngine implements Engine {
     if (options.drafter === "vispec" && draft === undefined)
       throw new CheckpointError(`${beside} is missing: no draft`);
     this.runtime = new Runtime(options);
-    this.model = loadModel(this.runtime, options.model, draft);
+    this.model = loadModel(this.runtime, options.model, draft, shape === undefined && this.runtime.unified);
     this.target = new Target(this.runtime, this.model);
     this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, this.#planner(shape));
     this.tokenizer = new Tokenizer(this.model.tokenizer, this.model.tokenizerConfig);

@@ -9,13 +9,14 @@ import koffi from "koffi";
 import { functions } from "./ort-api.ts";
 
 export type Device = "cpu" | "cuda" | "webgpu";
-export type DType = "f32" | "f16" | "bf16" | "i32" | "i64" | "bool";
+export type DType = "f32" | "f16" | "bf16" | "i8" | "i32" | "i64" | "bool";
 type Handle = bigint;
 type Dims = readonly number[];
 
 /** ONNXTensorElementDataType and bytes an element. */
 export const DTYPES: Record<DType, { onnx: number; bytes: number }> = {
   f32: { onnx: 1, bytes: 4 },
+  i8: { onnx: 3, bytes: 1 },
   i32: { onnx: 6, bytes: 4 },
   i64: { onnx: 7, bytes: 8 },
   bool: { onnx: 9, bytes: 1 },
@@ -106,12 +107,12 @@ export class Runtime {
 
   /**
    * A session of an ONNX model whose external data lies under the root folder (locations are absolute paths without
-   * their first slash). `profile` is a file prefix that ONNX Runtime's profile is written to.
+   * their first slash). `profile` is a file prefix that ONNX Runtime's profile is written to; `threads` overrides the runtime's.
    */
-  session(model: Uint8Array, options: { profile?: string } = {}): Session {
+  session(model: Uint8Array, options: { profile?: string; threads?: number } = {}): Session {
     const settings = create(api.CreateSessionOptions);
     try {
-      check(api.SetIntraOpNumThreads(settings, this.#threads));
+      check(api.SetIntraOpNumThreads(settings, options.threads ?? this.#threads));
       const entries = {
         "session.model_external_initializers_file_folder_path": "/",
         // A pass takes a fraction of a millisecond: threads that spin between passes would starve the other processes.

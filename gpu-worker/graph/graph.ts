@@ -38,19 +38,31 @@ export interface Constant {
   readonly bytes: Uint8Array;
 }
 
+export interface GraphOptions {
+  /** What activations are computed in. */
+  dtype: DType;
+  /** Whether the attention kernel does the rotary embedding too: the CPU's does, CUDA's ignores the positions. */
+  fusedRotary: boolean;
+  /** Whether products with weights go through 8-bit integers: for drafts, which need not be exact. */
+  int8: boolean;
+}
+
 /** Collects a graph. Operators (ops/) add nodes through `node`; the numbers of weights stay in their files. */
 export class Graph {
   readonly inputs: Value[] = [];
-  readonly outputs: Value[] = [];
+  readonly outputs: { name: string; value: Value }[] = [];
   readonly nodes: Node[] = [];
   readonly weights = new Map<string, { value: Value; stored: StoredTensor }>();
   readonly constants: Constant[] = [];
-  /** What activations are computed in. */
-  readonly dtype: DType;
+  readonly options: GraphOptions;
   #count = 0;
 
-  constructor(dtype: DType) {
-    this.dtype = dtype;
+  constructor(options: GraphOptions) {
+    this.options = options;
+  }
+
+  get dtype(): DType {
+    return this.options.dtype;
   }
 
   input(name: string, dtype: DType, shape: readonly Dim[]): Value {
@@ -59,10 +71,9 @@ export class Graph {
     return value;
   }
 
-  /** Makes `value` an output under its own name. */
+  /** Makes `value` an output that runs know by this name. */
   output(name: string, value: Value): void {
-    const [renamed] = this.node("Identity", [value], [{ dtype: value.dtype, shape: value.shape, name }]);
-    this.outputs.push(renamed);
+    this.outputs.push({ name, value });
   }
 
   /** A stored tensor as it is in its file; the same one twice is the same value. */
@@ -94,11 +105,11 @@ export class Graph {
   node(
     op: string,
     inputs: readonly (Value | null)[],
-    outputs: readonly { dtype: DType; shape: readonly Dim[]; name?: string }[],
+    outputs: readonly { dtype: DType; shape: readonly Dim[] }[],
     attributes: Record<string, Attribute> = {},
     domain = "",
   ): Value[] {
-    const values = outputs.map(({ dtype, shape, name }) => ({ name: name ?? `v${this.#count++}`, dtype, shape }));
+    const values = outputs.map(({ dtype, shape }) => ({ name: `v${this.#count++}`, dtype, shape }));
     this.nodes.push({ op, domain, inputs, outputs: values, attributes });
     return values;
   }

@@ -38,13 +38,13 @@ function valueInfo({ name, dtype, shape }: Value): object {
   return { name, type: { tensorType: { elemType: DTYPES[dtype].onnx, shape: { dim } } } };
 }
 
-function node({ op, domain, inputs, outputs, attributes }: Node, index: number): object {
+function node({ op, domain, inputs, outputs, attributes }: Node, index: number, nameOf: (v: Value) => string): object {
   return {
     name: `n${index}.${op}`,
     opType: op,
     domain,
-    input: inputs.map((v) => v?.name ?? ""),
-    output: outputs.map((v) => v.name),
+    input: inputs.map((v) => (v ? nameOf(v) : "")),
+    output: outputs.map(nameOf),
     attribute: Object.entries(attributes).map(([k, v]) => attribute(k, v)),
   };
 }
@@ -53,6 +53,8 @@ function node({ op, domain, inputs, outputs, attributes }: Node, index: number):
 export function encodeOnnx(graph: Graph): Uint8Array {
   // TensorScatter is new in opset 24; providers have fewer kernels for the newest opsets.
   const opset = graph.nodes.some((n) => n.op === "TensorScatter") ? 24 : 21;
+  const outputName = new Map(graph.outputs.map(({ name, value }) => [value.name, name]));
+  const nameOf = (value: Value) => outputName.get(value.name) ?? value.name;
   const weights = [...graph.weights.values()].map(({ value, stored }) => ({
     name: value.name,
     dims: stored.shape,
@@ -81,10 +83,10 @@ export function encodeOnnx(graph: Graph): Uint8Array {
       ],
       graph: {
         name: "graph",
-        node: graph.nodes.map(node),
+        node: graph.nodes.map((n, i) => node(n, i, nameOf)),
         initializer: [...weights, ...constants],
         input: graph.inputs.map(valueInfo),
-        output: graph.outputs.map(valueInfo),
+        output: graph.outputs.map(({ name, value }) => valueInfo({ ...value, name })),
       },
     }),
   ).finish();

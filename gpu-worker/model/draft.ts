@@ -1,10 +1,9 @@
 /** ViSpec's draft model as graphs (design: "ViSpec", NeurIPS 2025, sections 3.2 and 3.3; layout of the published checkpoints). */
 import { join } from "node:path";
 import { z } from "zod";
-import type { DType } from "../engine/runtime.ts";
-import { Graph, type Value } from "../graph/graph.ts";
+import { Graph, type GraphOptions, type Value } from "../graph/graph.ts";
 import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
-import { gemm, matMul } from "../ops/matmul.ts";
+import { gemm, int8MatMul, matMul } from "../ops/matmul.ts";
 import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts";
 import { parseConfig } from "./config.ts";
 import type { LanguageConfig } from "./language.ts";
@@ -75,14 +74,19 @@ const parts = (w: Weights, d: number) => ({
  * the row is the adaptor's, which then comes in as its bias; row_bias [B,D], B = 1 or T; logit_rows i64 [K]; k i64 [1];
  * the cache inputs. Outputs: out [T,D], not normed; log_probs [K,k] and tokens i64 [K,k], the k likeliest in order.
  */
-export function draftGraph(c: DraftConfig, w: Weights, head: { weights: Weights; name: string }, dtype: DType): Graph {
-  const g = new Graph(dtype);
+export function draftGraph(
+  c: DraftConfig,
+  w: Weights,
+  head: { weights: Weights; name: string },
+  options: GraphOptions,
+): Graph {
+  const g = new Graph(options);
   const d = c.hidden;
   const ids = g.input("ids", "i64", ["T"]);
-  const hidden = g.input("hidden", dtype, ["N", d]);
+  const hidden = g.input("hidden", g.dtype, ["N", d]);
   const hiddenRows = g.input("hidden_rows", "i64", ["T"]);
-  const keep = g.input("keep", dtype, ["T", 1]);
-  const rowBias = g.input("row_bias", dtype, ["B", d]);
+  const keep = g.input("keep", g.dtype, ["T", 1]);
+  const rowBias = g.input("row_bias", g.dtype, ["B", d]);
   const logitRows = g.input("logit_rows", "i64", ["K"]);
   const k = g.input("k", "i64", [1]);
   const cache = cacheInputs(g, c.headSize);
@@ -93,7 +97,10 @@ export function draftGraph(c: DraftConfig, w: Weights, head: { weights: Weights;
   const folded = concat(g, [slice(g, parameter(g, fc), 1, 0, d), matMul(g, fcHidden, imgHidden)], 1);
   const table = parameter(g, w.get("embed_tokens.weight", [c.vocabulary, d]));
   const pair = concat(g, [gather(g, table, ids), gather(g, hidden, hiddenRows)], 1);
-  const fused = gemm(g, mul(g, pair, keep), folded, rowBias);
+  const kept = mul(g, pair, keep);
+  const fused = options.int8
+    ? add(g, int8MatMul(g, kept, transpose(g, folded, [1, 0])), rowBias)
+    : gemm(g, kept, folded, rowBias);
 
   const x = reshape(g, fused, [1, -1, d], "T");
   const attended = cachedAttention(g, x, w, "layers.0.self_attn", 0, cache, c);
@@ -108,12 +115,12 @@ export function draftGraph(c: DraftConfig, w: Weights, head: { weights: Weights;
 }
 
 /** The global vector's share of every text row: fc_h · (img_fc_g · g + b_img) + b. global [1,D] to bias [1,D]. */
-export function draftBiasGraph(c: DraftConfig, w: Weights, dtype: DType): Graph {
-  const g = new Graph(dtype);
+export function draftBiasGraph(c: DraftConfig, w: Weights, options: GraphOptions): Graph {
+  const g = new Graph(options);
   const d = c.hidden;
   const { fc, fcBias, imgFc, imgFcBias } = parts(w, d);
   const half = (x: Value) => slice(g, x, 1, d, 2 * d);
-  const global = g.input("global", dtype, [1, d]);
+  const global = g.input("global", g.dtype, [1, d]);
   const image = gemm(g, global, half(parameter(g, imgFc)), parameter(g, imgFcBias));
   g.output("bias", gemm(g, image, half(parameter(g, fc)), parameter(g, fcBias)));
   return g;
@@ -123,10 +130,10 @@ export function draftBiasGraph(c: DraftConfig, w: Weights, dtype: DType): Graph 
  * The vision adaptor: num_q learned queries attend to the input embeddings of one run of image tokens.
  * rows [n,D] to out [num_q,D]; no rotary embedding, no residual.
  */
-export function adaptorGraph(c: DraftConfig, w: Weights, dtype: DType): Graph {
-  const g = new Graph(dtype);
+export function adaptorGraph(c: DraftConfig, w: Weights, options: GraphOptions): Graph {
+  const g = new Graph(options);
   const d = c.hidden;
-  const rows = g.input("rows", dtype, ["n", d]);
+  const rows = g.input("rows", g.dtype, ["n", d]);
   const project = (part: string) => {
     const bias = c.qkvBias ? [w.get(`imadpt.${part}_proj.bias`, [d])] : [];
     const y = linear(g, rows, [w.get(`imadpt.${part}_proj.weight`, [d, d])], bias);

@@ -1,7 +1,6 @@
 /** The target's decoder as a graph: Qwen2 and Llama layers over a KV cache. Knows no image and no tree. */
 
-import type { DType } from "../engine/runtime.ts";
-import { Graph } from "../graph/graph.ts";
+import { Graph, type GraphOptions } from "../graph/graph.ts";
 import { addRmsNorm, rmsNorm } from "../ops/norm.ts";
 import { gather, gatherCacheRows, reshape, scatterRows, tensorScatter } from "../ops/shape.ts";
 import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
@@ -27,10 +26,10 @@ export const QWEN_NAMES: LanguageNames = { model: "model", head: "lm_head" };
  * Inputs: ids i64 [T]; image_rows [R,D] that take the places image_index i64 [R,1] of the embeddings; logit_rows i64 [K]:
  * the rows that logits are wanted of; the cache inputs. Outputs: hidden [T,D] after the final norm; logits f32 [K,V].
  */
-export function languageGraph(c: LanguageConfig, w: Weights, dtype: DType, names = QWEN_NAMES): Graph {
-  const g = new Graph(dtype);
+export function languageGraph(c: LanguageConfig, w: Weights, options: GraphOptions, names = QWEN_NAMES): Graph {
+  const g = new Graph(options);
   const ids = g.input("ids", "i64", ["T"]);
-  const imageRows = g.input("image_rows", dtype, ["R", c.hidden]);
+  const imageRows = g.input("image_rows", g.dtype, ["R", c.hidden]);
   const imageIndex = g.input("image_index", "i64", ["R", 1]);
   const logitRows = g.input("logit_rows", "i64", ["K"]);
   const cache = cacheInputs(g, c.headSize);
@@ -58,14 +57,14 @@ export function languageGraph(c: LanguageConfig, w: Weights, dtype: DType, names
  * Moves rows of every layer's cache in place: rows `from` i64 [n] to `to` i64 [1] and on. For devices whose memory the
  * host cannot see; the host's own copy is asserted equal.
  */
-export function moveGraph({ layers, kvHeads, headSize }: LanguageConfig, dtype: DType): Graph {
-  const g = new Graph(dtype);
+export function moveGraph({ layers, kvHeads, headSize }: LanguageConfig, options: GraphOptions): Graph {
+  const g = new Graph(options);
   const from = g.input("from", "i64", ["n"]);
   const to = g.input("to", "i64", [1]);
   for (let i = 0; i < layers; i++)
     for (const name of [`key.${i}`, `value.${i}`]) {
-      const cache = g.input(name, dtype, [1, kvHeads, "M", headSize]);
-      g.outputs.push(tensorScatter(g, cache, gatherCacheRows(g, cache, from), to, `${name}.next`));
+      const cache = g.input(name, g.dtype, [1, kvHeads, "M", headSize]);
+      g.output(`${name}.next`, tensorScatter(g, cache, gatherCacheRows(g, cache, from), to));
     }
   return g;
 }

@@ -2,9 +2,9 @@
 import type { Graph, StoredTensor, Value } from "../graph/graph.ts";
 import { type CacheInputs, groupQueryAttention } from "../ops/attention.ts";
 import { add, cast, mul, silu } from "../ops/elementwise.ts";
-import { matMul } from "../ops/matmul.ts";
+import { int8MatMul, matMul } from "../ops/matmul.ts";
 import { addRmsNorm } from "../ops/norm.ts";
-import { concat, split, transpose } from "../ops/shape.ts";
+import { concat, transpose } from "../ops/shape.ts";
 import type { Weights } from "./weights.ts";
 
 /** A stored tensor in the graph's own type. Casts and transpositions of weights are done once, when a session loads. */
@@ -18,7 +18,8 @@ export function linear(g: Graph, x: Value, weights: StoredTensor[], biases: Stor
     const values = tensors.map((t) => parameter(g, t));
     return concat(g, values, 0);
   };
-  const y = matMul(g, x, transpose(g, side(weights), [1, 0]));
+  const matrix = transpose(g, side(weights), [1, 0]);
+  const y = g.options.int8 ? int8MatMul(g, x, matrix) : matMul(g, x, matrix);
   return biases.length ? add(g, y, side(biases)) : y;
 }
 
@@ -35,9 +36,9 @@ export function gatedMlp(
   const matrix = (part: string) =>
     w.get(`${name}.${part}_proj.weight`, part === "down" ? [size, inner] : [inner, size]);
   const vector = (part: string) => w.get(`${name}.${part}_proj.bias`, [part === "down" ? size : inner]);
-  const both = linear(g, x, [matrix("gate"), matrix("up")], bias ? [vector("gate"), vector("up")] : []);
-  const [gate, up] = split(g, both, [inner, inner]);
-  return linear(g, mul(g, silu(g, gate), up), [matrix("down")], bias ? [vector("down")] : []);
+  const project = (part: string) => linear(g, x, [matrix(part)], bias ? [vector(part)] : []);
+  const gated = mul(g, silu(g, project("gate")), project("up"));
+  return linear(g, gated, [matrix("down")], bias ? [vector("down")] : []);
 }
 
 export interface DecoderLayerConfig {
@@ -77,7 +78,8 @@ export function cachedAttention(
     keyValue: kvHeads,
     size: headSize,
   });
-  g.outputs.push(key, value);
+  g.output(`${past.key.name}.next`, key);
+  g.output(`${past.value.name}.next`, value);
   return linear(g, out, [w.get(`${name}.o_proj.weight`, [hidden, heads * headSize])]);
 }
 
@@ -90,6 +92,7 @@ export function cacheInputs(g: Graph, headSize: number): CacheInputs {
     sin: g.input("sin", g.dtype, ["R", headSize / 2]),
     positions: g.input("positions", "i64", [1, "T"]),
     bias: g.input("bias", g.dtype, [1, 1, "T", "M"]),
+    fusedRotary: g.options.fusedRotary,
   };
 }
 

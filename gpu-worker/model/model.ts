@@ -10,6 +10,7 @@ import { languageGraph, moveGraph, QWEN_NAMES } from "./language.ts";
 import { loadQwenConfig, type QwenConfig } from "./qwen/config.ts";
 import { ProcessorConfig } from "./qwen/processor.ts";
 import { visionGraph } from "./qwen/vision.ts";
+import { frequencies, ropeTable } from "./rope.ts";
 import { CheckpointError, readJson, Weights } from "./weights.ts";
 
 export interface Draft {
@@ -17,6 +18,8 @@ export interface Draft {
   layer: Session;
   bias: Session;
   adaptor: Session;
+  /** Angles of every position. */
+  rope: { cos: Float32Array; sin: Float32Array };
 }
 
 export interface Model {
@@ -43,7 +46,7 @@ const TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"] as const;
  * Loads a checkpoint in the Hugging Face layout, and a ViSpec draft for it (none when `draftFolder` is undefined).
  * Throws CheckpointError naming the file and the field or tensor.
  */
-export function loadModel(runtime: Runtime, folder: string, draftFolder?: string): Model {
+export function loadModel(runtime: Runtime, folder: string, draftFolder?: string, int8Draft = false): Model {
   folder = resolve(folder);
   const configFile = join(folder, "config.json");
   const { model_type: type } = readJson(configFile) as { model_type?: string };
@@ -56,6 +59,7 @@ export function loadModel(runtime: Runtime, folder: string, draftFolder?: string
   const digest = createHash("sha256");
   for (const name of TOKENIZER_FILES) digest.update(readFileSync(join(folder, name)));
   const draftParts = draftFolder === undefined ? undefined : loadDraft(resolve(draftFolder), config.language);
+  const options = { dtype: "f32" as const, fusedRotary: runtime.device === "cpu", int8: false };
   const session = (graph: Parameters<typeof encodeOnnx>[0]) => runtime.session(encodeOnnx(graph));
   const head = {
     weights,
@@ -70,14 +74,21 @@ export function loadModel(runtime: Runtime, folder: string, draftFolder?: string
     processor,
     tokenizer,
     tokenizerConfig,
-    vision: session(visionGraph(config.vision, weights, "f32")),
-    language: session(languageGraph(config.language, weights, "f32")),
-    mover: runtime.unified ? undefined : session(moveGraph(config.language, "f32")),
+    vision: session(visionGraph(config.vision, weights, options)),
+    language: session(languageGraph(config.language, weights, options)),
+    mover: runtime.unified ? undefined : session(moveGraph(config.language, options)),
     draft: draftParts && {
       config: draftParts.config,
-      layer: session(draftGraph(draftParts.config, draftParts.weights, head, "f32")),
-      bias: session(draftBiasGraph(draftParts.config, draftParts.weights, "f32")),
-      adaptor: session(adaptorGraph(draftParts.config, draftParts.weights, "f32")),
+      layer: runtime.session(
+        encodeOnnx(draftGraph(draftParts.config, draftParts.weights, head, { ...options, int8: int8Draft })),
+        {
+          // Waking a second thread takes longer than such small products.
+          threads: int8Draft ? 1 : undefined,
+        },
+      ),
+      bias: session(draftBiasGraph(draftParts.config, draftParts.weights, options)),
+      adaptor: session(adaptorGraph(draftParts.config, draftParts.weights, options)),
+      rope: ropeTable(2 * config.contextLength, frequencies(draftParts.config.headSize, draftParts.config.ropeTheta)),
     },
   };
 }

@@ -1,21 +1,32 @@
 /** Finds tensors in a checkpoint's safetensors files. Reads their headers only; the numbers never pass through here. */
 import { closeSync, existsSync, openSync, readFileSync, readSync, statSync } from "node:fs";
 import { join, resolve } from "node:path";
+import { z } from "zod";
+import { CheckpointError } from "../../shared/errors.ts";
 import { DTYPES, type DType } from "../engine/runtime.ts";
 import type { StoredTensor } from "../graph/graph.ts";
 
-/** A checkpoint that cannot be used as it is; the message names the file and the field or tensor. */
-export class CheckpointError extends Error {
-  override name = "CheckpointError";
-}
+export { CheckpointError };
 
 const STORED: Record<string, DType> = { F32: "f32", F16: "f16", BF16: "bf16" };
 const MAX_HEADER = 100 << 20;
 
-interface Entry {
-  dtype: string;
-  shape: number[];
-  data_offsets: [number, number];
+const Header = z.record(
+  z.string(),
+  z.object({
+    dtype: z.string(),
+    shape: z.array(z.int().min(0)),
+    data_offsets: z.tuple([z.int().min(0), z.int().min(0)]),
+  }),
+);
+const Index = z.object({ weight_map: z.record(z.string(), z.string()) });
+
+/** `value` checked by `schema`; CheckpointError names the file and the field. */
+export function parse<T extends z.ZodType>(schema: T, value: unknown, file: string): z.output<T> {
+  const result = schema.safeParse(value);
+  if (result.success) return result.data;
+  const { path, message } = result.error.issues[0];
+  throw new CheckpointError(`${file}: ${path.join(".") || "(root)"}: ${message}`);
 }
 
 /** JSON of a file; CheckpointError names the file when it is missing or malformed. */

@@ -1,5 +1,6 @@
 /** Attention, in ONNX Runtime's fused kernels. */
 import type { Graph, Value } from "../graph/graph.ts";
+import { split } from "./shape.ts";
 
 /** What every layer of a cached decoder pass shares. T tokens, M rows of room in the cache. */
 export interface CacheInputs {
@@ -12,8 +13,10 @@ export interface CacheInputs {
   sin: Value;
   /** i64 [1,T]: the row of cos and sin for each token. */
   positions: Value;
-  /** [1,1,T,M]: added to the scores; -inf hides a row. Rows beyond `lastRow` are hidden anyway. */
+  /** [1,1,T,M]: added to the scores; -inf hides a row. */
   bias: Value;
+  /** Whether the attention kernel turns query and key itself. CUDA's ignores `positions`, so there it is done before. */
+  fusedRotary: boolean;
 }
 
 /**
@@ -28,13 +31,20 @@ export function groupQueryAttention(
   cache: CacheInputs,
   heads: { query: number; keyValue: number; size: number },
 ): { out: Value; key: Value; value: Value } {
-  const { lastRow, capacity, cos, sin, positions, bias } = cache;
-  const kv = (x: Value) => ({ dtype: x.dtype, shape: x.shape, name: `${x.name}.next` });
+  const { lastRow, capacity, cos, sin, positions, bias, fusedRotary } = cache;
+  const { query, keyValue, size } = heads;
+  const kvSize = keyValue * size;
+  const split3 = (x: Value) => split(g, x, [query * size, kvSize, kvSize]);
+  const turn = (x: Value, n: number) => rotaryEmbedding(g, x, positions, cos, sin, n);
+  const inputs = fusedRotary
+    ? [qkv, null, null]
+    : split3(qkv).map((x, i) => (i < 2 ? turn(x, [query, keyValue][i]) : x));
+  const angles = fusedRotary ? [cos, sin, positions] : [null, null, null];
   const [out, key, value] = g.node(
     "GroupQueryAttention",
-    [qkv, null, null, past.key, past.value, lastRow, capacity, cos, sin, positions, bias],
-    [{ dtype: qkv.dtype, shape: [1, qkv.shape[1], heads.query * heads.size] }, kv(past.key), kv(past.value)],
-    { num_heads: heads.query, kv_num_heads: heads.keyValue, do_rotary: 1 },
+    [...inputs, past.key, past.value, lastRow, capacity, ...angles, bias],
+    [{ dtype: qkv.dtype, shape: [1, qkv.shape[1], query * size] }, past.key, past.value],
+    { num_heads: query, kv_num_heads: keyValue, do_rotary: fusedRotary ? 1 : 0 },
     "com.microsoft",
   );
   return { out, key, value };

@@ -1,5 +1,5 @@
 /** Operations on each element: names are ONNX's. */
-import type { DType } from "../engine/runtime.ts";
+import { DTYPES, type DType } from "../engine/runtime.ts";
 import type { Dim, Graph, Value } from "../graph/graph.ts";
 
 /** Shape of two operands by NumPy's broadcasting rule. */
@@ -23,8 +23,7 @@ export const add = binary("Add");
 export const mul = binary("Mul");
 
 export function cast(g: Graph, x: Value, dtype: DType): Value {
-  const to = { f32: 1, i32: 6, i64: 7, bool: 9, f16: 10, bf16: 16 }[dtype];
-  return x.dtype === dtype ? x : g.node("Cast", [x], [{ dtype, shape: x.shape }], { to })[0];
+  return x.dtype === dtype ? x : g.node("Cast", [x], [{ dtype, shape: x.shape }], { to: DTYPES[dtype].onnx })[0];
 }
 
 /** x · sigmoid(x), in ONNX Runtime's fused kernel. */

@@ -16,3 +16,20 @@ export function gemm(g: Graph, a: Value, b: Value, c: Value): Value {
   if (a.shape[1] !== b.shape[1]) throw new Error(`Gemm of [${a.shape}] and [${b.shape}]ᵀ`);
   return g.node("Gemm", [a, b, c], [{ dtype: a.dtype, shape: [a.shape[0], b.shape[0]] }], { transB: 1 })[0];
 }
+
+/**
+ * a [..,m,k] · b [k,n] in 8-bit integers: the constant b with one scale a column, a with one a run (DynamicQuantizeMatMul).
+ * The scales and integers of b are worked out when the session loads. About 0.5 % relative error.
+ */
+export function int8MatMul(g: Graph, a: Value, b: Value): Value {
+  const [k, n] = b.shape;
+  const one = (op: string, inputs: Value[], shape: readonly Dim[]) => g.node(op, inputs, [{ dtype: "f32", shape }])[0];
+  const largest = g.node("ReduceMax", [one("Abs", [b], b.shape), g.ints([0])], [{ dtype: "f32", shape: [n] }], {
+    keepdims: 0,
+  })[0];
+  const scale = one("Div", [largest, g.floats([127])], [n]);
+  const rounded = one("Round", [one("Div", [b, scale], [k, n])], [k, n]);
+  const integers = g.node("Cast", [rounded], [{ dtype: "i8", shape: [k, n] }], { to: 3 })[0];
+  const out = { dtype: a.dtype, shape: [...a.shape.slice(0, -1), n] };
+  return g.node("DynamicQuantizeMatMul", [a, integers, scale], [out], {}, "com.microsoft")[0];
+}

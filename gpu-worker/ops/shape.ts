@@ -45,8 +45,8 @@ export function gatherCacheRows(g: Graph, cache: Value, index: Value): Value {
 }
 
 /** A cache [1,H,M,d] with `rows` [1,H,n,d] written from row `at` [1] on. */
-export function tensorScatter(g: Graph, cache: Value, rows: Value, at: Value, name: string): Value {
-  return g.node("TensorScatter", [cache, rows, at], [{ dtype: cache.dtype, shape: cache.shape, name }], { axis: 2 })[0];
+export function tensorScatter(g: Graph, cache: Value, rows: Value, at: Value): Value {
+  return g.node("TensorScatter", [cache, rows, at], [{ dtype: cache.dtype, shape: cache.shape }], { axis: 2 })[0];
 }
 
 /** x with its rows at `index` [R,1] replaced by `rows` [R,…]. */

@@ -46,10 +46,11 @@ export function fixedPlan({ totalToken, depth, topK }: TreeShape): Plan {
   };
 }
 
-const MAX_TREE = 32;
 const MAX_DEPTH = 8;
 const TOP_K = 6;
-const WIDTHS = [1, 2, 3, 4, 6];
+const WIDTHS = [1, 2, 4];
+/** Sizes of trees that are verified, root included: few, since a shape's first pass is slower. */
+const SIZES = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32];
 /** Cycles after which the balance is looked at, and again each time. */
 const TRIAL = 12;
 
@@ -60,7 +61,7 @@ const TRIAL = 12;
  */
 export class AdaptivePlan implements Plan {
   readonly topK = TOP_K;
-  readonly maxTree = MAX_TREE;
+  readonly maxTree = SIZES.at(-1)!;
   readonly maxDepth = MAX_DEPTH;
   readonly #costs: Costs;
   /** Draft milliseconds of this cycle. */
@@ -102,11 +103,13 @@ export class AdaptivePlan implements Plan {
   /** The number of nodes, best first, that gives the most tokens a millisecond. */
   #best(probabilities: number[], extra: number): { nodes: number; tokens: number; rate: number } {
     const sorted = probabilities.toSorted((a, b) => b - a);
-    let best = { nodes: 0, tokens: 1, rate: 1 / (this.#spent + extra + this.#costs.verify(1)) };
+    let best = { nodes: 0, tokens: 1, rate: 0 };
     let tokens = 1;
-    for (let n = 1; n <= Math.min(sorted.length, MAX_TREE - 1); n++) {
-      tokens += sorted[n - 1];
-      const rate = tokens / (this.#spent + extra + this.#costs.verify(n + 1));
+    let n = 0;
+    for (const size of SIZES) {
+      if (size - 1 > sorted.length) break;
+      while (n < size - 1) tokens += sorted[n++];
+      const rate = tokens / (this.#spent + extra + this.#costs.verify(size));
       if (rate > best.rate) best = { nodes: n, tokens, rate };
     }
     return best;

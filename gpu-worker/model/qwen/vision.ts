@@ -1,6 +1,5 @@
 /** Qwen2.5-VL's vision tower: its graph, and the order of rows that it wants for a picture's grid. */
-import type { DType } from "../../engine/runtime.ts";
-import { Graph, type Value } from "../../graph/graph.ts";
+import { Graph, type GraphOptions, type Value } from "../../graph/graph.ts";
 import { multiHeadAttention, rotaryEmbedding } from "../../ops/attention.ts";
 import { add, gelu } from "../../ops/elementwise.ts";
 import { matMul } from "../../ops/matmul.ts";
@@ -19,18 +18,18 @@ const EPSILON = 1e-6; // Qwen2_5_VLVisionBlock fixes it
  * full_mask i32 [1,W·S]: 0 at padding; cos, sin [W·S,head/2]; window_positions i64 [W,S] and full_positions i64 [1,W·S]:
  * 0, 1, 2, …; cell_index i64 [cells]: for each token in reading order, its place. Output: rows [cells,out].
  */
-export function visionGraph(c: VisionConfig, w: Weights, dtype: DType): Graph {
-  const g = new Graph(dtype);
+export function visionGraph(c: VisionConfig, w: Weights, options: GraphOptions): Graph {
+  const g = new Graph(options);
   const pixelsPerPatch = 3 * c.temporalPatch * c.patch * c.patch;
   const size = (c.window * c.merge) ** 2;
-  const pixels = g.input("pixels", dtype, ["P", pixelsPerPatch]);
+  const pixels = g.input("pixels", g.dtype, ["P", pixelsPerPatch]);
   const rowIndex = g.input("row_index", "i64", ["rows"]);
   const attention = {
     window: { mask: g.input("window_mask", "i32", ["W", size]), at: g.input("window_positions", "i64", ["W", size]) },
     full: { mask: g.input("full_mask", "i32", [1, "rows"]), at: g.input("full_positions", "i64", [1, "rows"]) },
   };
-  const cos = g.input("cos", dtype, ["rows", c.width / c.heads / 2]);
-  const sin = g.input("sin", dtype, ["rows", c.width / c.heads / 2]);
+  const cos = g.input("cos", g.dtype, ["rows", c.width / c.heads / 2]);
+  const sin = g.input("sin", g.dtype, ["rows", c.width / c.heads / 2]);
   const cellIndex = g.input("cell_index", "i64", ["cells"]);
 
   const kernel = w.get("visual.patch_embed.proj.weight", [c.width, 3, c.temporalPatch, c.patch, c.patch]);
