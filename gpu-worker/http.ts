@@ -2,6 +2,15 @@
 import type { IncomingMessage, ServerResponse } from "node:http";
 import { ApiError, toApiError } from "../shared/errors.ts";
 
+/** A port that another process has; nothing is wrong with the program, so the message says it all. */
+export class PortInUseError extends Error {
+  override name = "PortInUseError";
+
+  constructor(port: number, cause?: unknown) {
+    super(`port ${port} is in use`, { cause });
+  }
+}
+
 /** The whole body. Throws ApiError 413 beyond `limit` bytes; what is beyond is read off and dropped. */
 export async function readBody(request: IncomingMessage, limit: number): Promise<Uint8Array<ArrayBuffer>> {
   const chunks: Uint8Array[] = [];

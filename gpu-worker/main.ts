@@ -1,10 +1,10 @@
 /** The command line: picks the command, and turns errors into messages and exit codes. */
-import { toApiError } from "../shared/errors.ts";
+import { CheckpointError, toApiError } from "../shared/errors.ts";
 import { BENCH_HELP, benchCommand } from "./cli/bench.ts";
 import { GENERATE_HELP, generateCommand } from "./cli/generate.ts";
 import { UsageError } from "./cli/options.ts";
 import { SERVE_HELP, serveCommand, startCommand } from "./cli/serve.ts";
-import { CheckpointError } from "./model/weights.ts";
+import { PortInUseError } from "./http.ts";
 
 type Command = (args: string[], signal: AbortSignal) => Promise<void>;
 
@@ -27,7 +27,7 @@ function exitCode(error: unknown, signal: AbortSignal): number {
 const controller = new AbortController();
 for (const name of ["SIGINT", "SIGTERM"] as const) process.once(name, () => controller.abort());
 const [name, ...args] = process.argv.slice(2);
-if (name === undefined || name === "--help" || name === "help") process.stdout.write(HELP);
+if (name === undefined || name === "help" || process.argv.includes("--help")) process.stdout.write(HELP);
 else
   try {
     const command = commands[name];
@@ -35,6 +35,6 @@ else
     await command(args, controller.signal);
   } catch (error) {
     process.exitCode = exitCode(error, controller.signal);
-    if (process.exitCode === 2) console.error(`vispec: ${(error as Error).message}`);
+    if (process.exitCode === 2 || error instanceof PortInUseError) console.error(`vispec: ${(error as Error).message}`);
     else if (process.exitCode === 1) console.error(error);
   }

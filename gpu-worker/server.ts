@@ -7,7 +7,7 @@ import { hashImage } from "../shared/images.ts";
 import { parseBody, parseChatRequest } from "../shared/parse.ts";
 import { GenerateRequest, ImageHash } from "../shared/protocol.ts";
 import type { Engine, Step } from "./engine/engine.ts";
-import { clientSignal, readBody, sendError, sendJson } from "./http.ts";
+import { clientSignal, PortInUseError, readBody, sendError, sendJson } from "./http.ts";
 import { Answer, errorEvent, modelList } from "./openai.ts";
 import { FairQueue } from "./queue.ts";
 
@@ -48,8 +48,7 @@ export async function startServer(engine: Engine, options: { port: number; host:
 function listen(server: Server, port: number, host: string): Promise<void> {
   return new Promise((resolve, reject) => {
     server.once("error", (error: NodeJS.ErrnoException) => {
-      const inUse = error.code === "EADDRINUSE";
-      reject(inUse ? new Error(`port ${port} of ${host} is in use`, { cause: error }) : error);
+      reject(error.code === "EADDRINUSE" ? new PortInUseError(port, error) : error);
     });
     server.listen(port, host, resolve);
   });

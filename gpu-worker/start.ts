@@ -9,6 +9,7 @@ import { join } from "node:path";
 import type { Readable, Writable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
+import { PortInUseError } from "./http.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 
@@ -107,7 +108,7 @@ function listening(child: ChildProcess, port: number): Promise<number> {
     child.once("error", reject);
     control.once("end", () => {
       const inUse = complaint.includes("Address already in use");
-      reject(new Error(inUse ? `port ${port} is in use` : `the edge did not start: ${complaint.split("\n")[0]}`));
+      reject(inUse ? new PortInUseError(port) : new Error(`the edge did not start: ${complaint.split("\n")[0]}`));
     });
   });
 }

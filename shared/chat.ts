@@ -1,6 +1,6 @@
 /** An OpenAI chat request to the engine's: template, tokens, images by hash, sampling. Knows no transport, runs no model. */
 import { Template } from "@huggingface/jinja";
-import { ApiError } from "./errors.ts";
+import { ApiError, CheckpointError } from "./errors.ts";
 import { decodeDataUrl, hashImage } from "./images.ts";
 import type { ChatMessage, ChatRequest, GenerateRequest, ModelInfo, Sampling } from "./protocol.ts";
 import { checkLength, Tokenizer } from "./tokenizer.ts";
@@ -18,15 +18,16 @@ export class ChatModel {
   readonly #template: Template;
   readonly #imageTokenId: number;
 
-  /** Throws Error for a checkpoint without a chat template, or whose image token is not in its vocabulary. */
+  /** Throws CheckpointError without a chat template that can be read, or when the image token is not in the vocabulary. */
   constructor(info: ModelInfo) {
     const config = info.tokenizerConfig as { chat_template?: unknown };
-    if (typeof config.chat_template !== "string") throw new Error("tokenizer_config.json: chat_template is missing");
+    if (typeof config.chat_template !== "string")
+      throw new CheckpointError("tokenizer_config.json: chat_template is missing");
     this.info = info;
     this.tokenizer = new Tokenizer(info.tokenizer, info.tokenizerConfig);
-    this.#template = new Template(config.chat_template);
+    this.#template = templateOf(config.chat_template);
     const imageTokenId = this.tokenizer.tokenId(info.imageToken);
-    if (imageTokenId === undefined) throw new Error(`tokenizer.json: no token ${info.imageToken}`);
+    if (imageTokenId === undefined) throw new CheckpointError(`tokenizer.json: no token ${info.imageToken}`);
     this.#imageTokenId = imageTokenId;
   }
 
@@ -88,6 +89,14 @@ export class ChatModel {
       );
     }
     return tokens;
+  }
+}
+
+function templateOf(source: string): Template {
+  try {
+    return new Template(source);
+  } catch (cause) {
+    throw new CheckpointError(`tokenizer_config.json: chat_template: ${(cause as Error).message}`, { cause });
   }
 }
 

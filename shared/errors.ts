@@ -1,4 +1,4 @@
-/** The one error class that both sides answer with; knows OpenAI's error shape, not how it is sent. */
+/** The error classes that both sides know; knows OpenAI's error shape, not how it is sent. */
 
 export type ErrorKind = "invalid_request_error" | "not_found_error" | "rate_limit_error" | "server_error";
 
@@ -36,4 +36,9 @@ export function toApiError(error: unknown): ApiError {
         code: "internal_error",
         cause: error,
       });
+}
+
+/** A checkpoint that cannot be used as it is; the message names the file and the field or tensor. */
+export class CheckpointError extends Error {
+  override name = "CheckpointError";
 }

@@ -1,6 +1,6 @@
 /** Text to token ids and back, as the checkpoint's tokenizer.json says; knows nothing of chats or models. */
 import { Tokenizer as Encoder } from "@huggingface/tokenizers";
-import { ApiError } from "./errors.ts";
+import { ApiError, CheckpointError } from "./errors.ts";
 import { decodeEachByte, incompleteSuffix, tokenBytesReader, utf8 } from "./utf8.ts";
 
 /** The parts of tokenizer.json that are read here; `@huggingface/tokenizers` reads the rest. */
@@ -40,9 +40,11 @@ export class Tokenizer {
   /** Characters of the longest token: a text longer than this times n has more than n tokens. */
   readonly longestToken: number;
 
-  /** Takes tokenizer.json and tokenizer_config.json, parsed. Throws Error for a decoder that is not known here. */
+  /** Takes tokenizer.json and tokenizer_config.json, parsed. Throws CheckpointError for what is not known here. */
   constructor(tokenizerJson: object, tokenizerConfig: object) {
     const json = tokenizerJson as TokenizerJson;
+    if (!json.model?.vocab || !Array.isArray(json.added_tokens))
+      throw new CheckpointError(`tokenizer.json: ${json.model?.vocab ? "added_tokens" : "model.vocab"} is missing`);
     const config = tokenizerConfig as { bos_token?: string | { content: string } | null; add_bos_token?: boolean };
     this.#encoder = new Encoder(tokenizerJson, tokenizerConfig);
     for (const token of json.added_tokens) {

@@ -1,4 +1,5 @@
 /** Bytes of tokens and of characters; knows how vocabularies spell bytes, not what a tokenizer is. */
+import { CheckpointError } from "./errors.ts";
 
 const lossy = new TextDecoder("utf-8", { ignoreBOM: true, fatal: false });
 const strict = new TextDecoder("utf-8", { ignoreBOM: true, fatal: true });
@@ -58,12 +59,12 @@ export function decodeEachByte(bytes: Uint8Array): string {
 
 /**
  * How a vocabulary with these decoder steps spells a token's bytes: byte-level (GPT-2's alphabet) or SentencePiece with
- * byte fallback ("▁" for a space, "<0xE4>" for a byte). Throws Error for others.
+ * byte fallback ("▁" for a space, "<0xE4>" for a byte). Throws CheckpointError for others.
  */
 export function tokenBytesReader(steps: string[]): (token: string) => Uint8Array {
   if (steps.includes("ByteLevel")) return byteLevelBytes;
   if (steps.includes("ByteFallback") && steps.includes("Replace")) return byteFallbackBytes;
-  throw new Error(`tokenizer.json: decoder of ${steps.join(", ") || "no steps"} is not supported`);
+  throw new CheckpointError(`tokenizer.json: decoder of ${steps.join(", ") || "no steps"} is not supported`);
 }
 
 const byteOf = gpt2Alphabet();

@@ -81,7 +81,10 @@ export async function generateCommand(args: string[], signal: AbortSignal): Prom
   try {
     const { request, images } = await prepareChat(chat, new ChatModel(engine.info), "generate");
     const begun = performance.now();
-    for (const [hash, { bytes }] of images) await putImage(engine, hash, bytes, files[request.images.indexOf(hash)]);
+    for (const [hash, { bytes, where }] of images) {
+      const file = files[request.images.indexOf(hash)];
+      await putImage(engine, hash, bytes, file ? `image ${file}` : where);
+    }
     const vision = performance.now() - begun;
     const tokens: number[] = [];
     let text = "";
@@ -96,13 +99,12 @@ export async function generateCommand(args: string[], signal: AbortSignal): Prom
   }
 }
 
-async function putImage(engine: LocalEngine, hash: string, bytes: Uint8Array, file: string): Promise<void> {
+async function putImage(engine: LocalEngine, hash: string, bytes: Uint8Array, name: string): Promise<void> {
   try {
     await engine.putImage(hash, bytes);
   } catch (thrown) {
     const error = toApiError(thrown);
-    if (error.status >= 500) throw thrown;
-    throw file ? new ApiError(error.status, `image ${file}: ${error.message}`, { cause: thrown }) : thrown;
+    throw error.status >= 500 ? thrown : new ApiError(error.status, `${name}: ${error.message}`, { cause: thrown });
   }
 }
 

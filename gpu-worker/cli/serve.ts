@@ -19,11 +19,12 @@ export async function serveCommand(args: string[], signal: AbortSignal): Promise
   await aborted(signal);
 }
 
-/** The edge takes the port that PORT names; the worker a free one, on loopback. */
+/** The edge takes the port that PORT names (0: a free one); the worker a free one, on loopback. */
 export async function startCommand(args: string[], signal: AbortSignal): Promise<void> {
   const flags = parseFlags(args, []);
-  const port = number({ PORT: process.env.PORT || "8787" }, "PORT", { min: 1, max: 65535 });
-  if (port === undefined) throw new UsageError("PORT must be a port");
+  const port = Number(process.env.PORT || "8787");
+  if (!Number.isInteger(port) || port < 0 || port > 65535)
+    throw new UsageError(`PORT is ${process.env.PORT}; it must be a whole number from 0 to 65535`);
   await using engine = disposable(await startEngine(engineOptions(flags)));
   await using server = disposable(await startServer(engine, { port: 0, host: "127.0.0.1" }));
   await using edge = disposable(await startEdge({ port, upstream: server.url }));

@@ -1,9 +1,10 @@
 /** Entry of the engine's own process: serves a LocalEngine to its parent. Started by process.ts only. */
-import { toApiError } from "../../shared/errors.ts";
+import { CheckpointError, toApiError } from "../../shared/errors.ts";
 import { LocalEngine } from "./local.ts";
 import type { FromEngine, ToEngine } from "./process.ts";
 
-const send = (message: FromEngine) => process.send?.(message);
+// The parent may be gone while a sequence runs; "disconnect" ends this process then, so a failed send says nothing new.
+const send = (message: FromEngine) => process.send?.(message, (_error: Error | null) => {});
 const running = new Map<number, AbortController>();
 
 function fail(call: number, thrown: unknown): void {
@@ -47,5 +48,5 @@ process.on("disconnect", () => process.exit(0));
 try {
   serve(new LocalEngine(JSON.parse(process.argv[2])));
 } catch (thrown) {
-  send({ failed: (thrown as Error).message, checkpoint: (thrown as Error).name !== "Error" });
+  send({ failed: (thrown as Error).message, checkpoint: thrown instanceof CheckpointError });
 }

@@ -2,7 +2,7 @@
 import { decodeImage, type Picture } from "../input/decode.ts";
 import type { Model } from "../model/model.ts";
 import { imageTokens, processImage } from "../model/qwen/processor.ts";
-import { visionLayout } from "../model/qwen/vision.ts";
+import { type VisionLayout, visionLayout } from "../model/qwen/vision.ts";
 import { frequencies } from "../model/rope.ts";
 import type { Runtime } from "./runtime.ts";
 
@@ -30,22 +30,22 @@ export function encodePicture(runtime: Runtime, model: Model, picture: Picture):
     return tensor;
   };
   using pixelTensor = runtime.tensor("f32", pixels.length);
-  using rowIndex = ints(layout.rowIndex);
-  using positions = ints(layout.rowIndex.map((_, i) => i));
+  using rowPatch = ints(layout.rowPatch);
+  using patchRow = ints(layout.patchRow);
+  using positions = ints(layout.rowPatch.map((_, i) => i));
   using cellIndex = ints(layout.cellIndex);
-  using mask = runtime.tensor("i32", total);
+  using mask = runtime.tensor("f32", total * layout.size);
   using cos = runtime.tensor("f32", total * half);
   using sin = runtime.tensor("f32", total * half);
   using rows = runtime.tensor("f32", cells * c.out);
   pixelTensor.f32.set(pixels);
-  mask.i32.set(layout.mask);
+  fillMask(mask.f32, layout);
   fillAngles(cos.f32, sin.f32, layout.rows, layout.columns, half);
   using binding = model.vision.binding();
-  const windowed = [layout.windows, layout.size];
   binding.input("pixels", pixelTensor, [pixels.length / cellSize(model), cellSize(model)]);
-  binding.input("row_index", rowIndex, [total]).input("cell_index", cellIndex, [cells]);
-  binding.input("window_mask", mask, windowed).input("window_positions", positions, windowed);
-  binding.input("full_mask", mask, [1, total]).input("full_positions", positions, [1, total]);
+  binding.input("row_patch", rowPatch, [total]).input("patch_row", patchRow, [layout.patchRow.length]);
+  binding.input("mask", mask, [layout.windows, 1, layout.size, layout.size]);
+  binding.input("positions", positions, [layout.windows, layout.size]).input("cell_index", cellIndex, [cells]);
   binding.input("cos", cos, [total, half]).input("sin", sin, [total, half]);
   binding.output("rows", rows, [cells, c.out]).run();
   return { grid: [height / c.merge, width / c.merge], rows: rows.f32.slice() };
@@ -53,6 +53,15 @@ export function encodePicture(runtime: Runtime, model: Model, picture: Picture):
 
 /** Values of one patch. */
 const cellSize = ({ config: { vision } }: Model) => 3 * vision.temporalPatch * vision.patch ** 2;
+
+/** -inf where a window's row would look at padding. */
+function fillMask(mask: Float32Array, { windows, size, real }: VisionLayout): void {
+  for (let w = 0; w < windows; w++)
+    for (let column = 0; column < size; column++) {
+      if (real[w * size + column]) continue;
+      for (let row = 0; row < size; row++) mask[(w * size + row) * size + column] = Number.NEGATIVE_INFINITY;
+    }
+}
 
 /** 2-D rotary angles: the first half of the frequencies turns with the patch's row, the second with its column. */
 function fillAngles(cos: Float32Array, sin: Float32Array, rows: Int32Array, columns: Int32Array, half: number): void {

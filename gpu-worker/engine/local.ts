@@ -1,7 +1,7 @@
 /** The engine in this process: model, images, drafter. The child process runs it, and so does the command line. */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { ApiError } from "../../shared/errors.ts";
+import { ApiError, CheckpointError } from "../../shared/errors.ts";
 import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
 import { Tokenizer } from "../../shared/tokenizer.ts";
 import { type Drafter, noDrafter } from "../decode/drafters/drafter.ts";
@@ -9,7 +9,6 @@ import { AdaptivePlan, fixedPlan, type Plan, type TreeShape, Trust } from "../de
 import { vispecDrafter } from "../decode/drafters/vispec.ts";
 import { generate } from "../decode/generate.ts";
 import { loadModel, type Model } from "../model/model.ts";
-import { CheckpointError } from "../model/weights.ts";
 import { measureCosts } from "./costs.ts";
 import type { Engine, Step } from "./engine.ts";
 import { ImageStore } from "./images.ts";

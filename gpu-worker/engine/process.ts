@@ -1,9 +1,8 @@
 /** The engine in a process of its own, so that HTTP never waits for a pass and a crash of native code ends no server. */
 import { type ChildProcess, fork } from "node:child_process";
 import { join } from "node:path";
-import { ApiError } from "../../shared/errors.ts";
+import { ApiError, CheckpointError } from "../../shared/errors.ts";
 import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
-import { CheckpointError } from "../model/weights.ts";
 import type { Engine, Step } from "./engine.ts";
 import type { EngineOptions } from "./local.ts";
 
@@ -51,6 +50,7 @@ class EngineProcess implements Engine {
     this.#child = child;
     this.info = info;
     child.on("message", (answer: Answer) => this.#calls.get(answer.call)?.(answer));
+    child.on("error", () => {}); // a send to a dying engine fails; "exit" tells those who wait
     child.on("exit", () => {
       this.#ended = new ApiError(503, "The engine has stopped.", { code: "engine_stopped" });
       const { status, message, code, param } = this.#ended;

@@ -124,7 +124,7 @@ export class Runtime {
       this.#appendProvider(settings);
       const session = create(api.CreateSessionFromArray, environment, model, model.length, settings);
       this.#deviceAllocator ??= create(api.CreateAllocator, session, this.#deviceInfo);
-      return new Session(session, this.#runOptions);
+      return new Session(session, this.#runOptions, this.unified);
     } finally {
       api.ReleaseSessionOptions(settings);
     }
@@ -186,6 +186,10 @@ export class Tensor implements Disposable {
     return this.#buffer;
   }
 
+  get onHost(): boolean {
+    return this.#buffer !== undefined;
+  }
+
   /** Views of host memory. Not to be kept beyond the tensor's life. */
   get f32(): Float32Array<ArrayBuffer> {
     return new Float32Array(this.#host("f32"), 0, this.elements);
@@ -209,13 +213,16 @@ export class Session implements Disposable {
   readonly #handle: Handle;
   readonly #runOptions: Handle;
 
-  constructor(handle: Handle, runOptions: Handle) {
+  readonly #unified: boolean;
+
+  constructor(handle: Handle, runOptions: Handle, unified: boolean) {
     this.#handle = handle;
     this.#runOptions = runOptions;
+    this.#unified = unified;
   }
 
   binding(): Binding {
-    return new Binding(this.#handle, this.#runOptions, create(api.CreateIoBinding, this.#handle));
+    return new Binding(this.#handle, this.#runOptions, create(api.CreateIoBinding, this.#handle), this.#unified);
   }
 
   /** Releases the session. With profiling on, ONNX Runtime writes its profile now. */
@@ -229,15 +236,22 @@ export class Binding implements Disposable {
   readonly #session: Handle;
   readonly #runOptions: Handle;
   readonly #handle: Handle;
+  /**
+   * Host inputs of a session on another device: binding copies them there, so they are bound anew before every run.
+   * undefined where host and device memory are one.
+   */
+  readonly #copied: Map<string, () => void> | undefined;
 
-  constructor(session: Handle, runOptions: Handle, handle: Handle) {
+  constructor(session: Handle, runOptions: Handle, handle: Handle, unified: boolean) {
     this.#session = session;
     this.#runOptions = runOptions;
     this.#handle = handle;
+    this.#copied = unified ? undefined : new Map();
   }
 
   /** Binds elements of `tensor` from `offset` on, shaped `dims`, as an input. */
   input(name: string, tensor: Tensor, dims: Dims, offset = 0): this {
+    if (tensor.onHost) this.#copied?.set(name, () => this.#bind(api.BindInput, name, tensor, dims, offset));
     return this.#bind(api.BindInput, name, tensor, dims, offset);
   }
 
@@ -270,6 +284,7 @@ export class Binding implements Disposable {
 
   /** Runs the graph; returns when every output is there. */
   run(): void {
+    if (this.#copied) for (const bind of this.#copied.values()) bind();
     check(api.RunWithBinding(this.#session, this.#runOptions, this.#handle));
   }
 

@@ -1,6 +1,6 @@
 /** Reads config files of checkpoints. */
 import type { z } from "zod";
-import { CheckpointError } from "./weights.ts";
+import { CheckpointError } from "../../shared/errors.ts";
 
 /** `value` checked by `schema`; CheckpointError names the file and the field. */
 export function parseConfig<T extends z.ZodType>(schema: T, value: unknown, file: string): z.output<T> {

@@ -1,6 +1,7 @@
 /** ViSpec's draft model as graphs (design: "ViSpec", NeurIPS 2025, sections 3.2 and 3.3; layout of the published checkpoints). */
 import { join } from "node:path";
 import { z } from "zod";
+import { CheckpointError } from "../../shared/errors.ts";
 import { Graph, type GraphOptions, type Value } from "../graph/graph.ts";
 import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
 import { gemm, int8MatMul, matMul } from "../ops/matmul.ts";
@@ -8,7 +9,7 @@ import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts
 import { parseConfig } from "./config.ts";
 import type { LanguageConfig } from "./language.ts";
 import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
-import { CheckpointError, readJson, Weights } from "./weights.ts";
+import { readJson, Weights } from "./weights.ts";
 
 const DraftJson = z.object({
   hidden_size: z.int().positive(),

@@ -2,6 +2,7 @@
 import { createHash } from "node:crypto";
 import { readFileSync, statSync } from "node:fs";
 import { basename, join, resolve } from "node:path";
+import { CheckpointError } from "../../shared/errors.ts";
 import type { Runtime, Session } from "../engine/runtime.ts";
 import { encodeOnnx } from "../graph/onnx.ts";
 import { parseConfig } from "./config.ts";
@@ -11,7 +12,7 @@ import { loadQwenConfig, type QwenConfig } from "./qwen/config.ts";
 import { ProcessorConfig } from "./qwen/processor.ts";
 import { visionGraph } from "./qwen/vision.ts";
 import { frequencies, ropeTable } from "./rope.ts";
-import { CheckpointError, readJson, Weights } from "./weights.ts";
+import { readJson, Weights } from "./weights.ts";
 
 export interface Draft {
   config: DraftConfig;

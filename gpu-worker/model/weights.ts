@@ -5,8 +5,7 @@ import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
 import { DTYPES, type DType } from "../engine/runtime.ts";
 import type { StoredTensor } from "../graph/graph.ts";
-
-export { CheckpointError };
+import { parseConfig } from "./config.ts";
 
 const STORED: Record<string, DType> = { F32: "f32", F16: "f16", BF16: "bf16" };
 const MAX_HEADER = 100 << 20;
@@ -19,20 +18,15 @@ const Header = z.record(
     data_offsets: z.tuple([z.int().min(0), z.int().min(0)]),
   }),
 );
+type Header = z.infer<typeof Header>;
 const Index = z.object({ weight_map: z.record(z.string(), z.string()) });
 
-/** `value` checked by `schema`; CheckpointError names the file and the field. */
-export function parse<T extends z.ZodType>(schema: T, value: unknown, file: string): z.output<T> {
-  const result = schema.safeParse(value);
-  if (result.success) return result.data;
-  const { path, message } = result.error.issues[0];
-  throw new CheckpointError(`${file}: ${path.join(".") || "(root)"}: ${message}`);
-}
-
-/** JSON of a file; CheckpointError names the file when it is missing or malformed. */
-export function readJson(file: string): unknown {
+/** The JSON object in a file; CheckpointError names the file when it is missing, malformed or no object. */
+export function readJson(file: string): object {
   try {
-    return JSON.parse(readFileSync(file, "utf8"));
+    const value: unknown = JSON.parse(readFileSync(file, "utf8"));
+    if (typeof value === "object" && value !== null && !Array.isArray(value)) return value;
+    throw new TypeError("a JSON object is needed");
   } catch (error) {
     const missing = (error as NodeJS.ErrnoException).code === "ENOENT";
     throw new CheckpointError(missing ? `${file} is missing` : `${file}: ${(error as Error).message}`, {
@@ -41,7 +35,7 @@ export function readJson(file: string): unknown {
   }
 }
 
-function readHeader(file: string): { header: Record<string, Entry>; start: number; size: number } {
+function readHeader(file: string): { header: Header; start: number; size: number } {
   const descriptor = openSync(file, "r");
   try {
     const size = statSync(file).size;
@@ -51,7 +45,8 @@ function readHeader(file: string): { header: Record<string, Entry>; start: numbe
       throw new CheckpointError(`${file} is not a safetensors file or is truncated in its header (${size} bytes)`);
     const text = Buffer.alloc(length);
     readSync(descriptor, text, 0, length, 8);
-    return { header: JSON.parse(text.toString()), start: 8 + length, size };
+    const { __metadata__, ...tensors } = JSON.parse(text.toString()) ?? {};
+    return { header: parseConfig(Header, tensors, `${file}: header`), start: 8 + length, size };
   } catch (error) {
     if (error instanceof SyntaxError) throw new CheckpointError(`${file}: header is no JSON`, { cause: error });
     throw error;
@@ -63,7 +58,6 @@ function readHeader(file: string): { header: Record<string, Entry>; start: numbe
 function addFile(file: string, tensors: Map<string, StoredTensor>): void {
   const { header, start, size } = readHeader(file);
   for (const [name, entry] of Object.entries(header)) {
-    if (name === "__metadata__") continue;
     const dtype = STORED[entry.dtype];
     if (!dtype) throw new CheckpointError(`${file}: tensor ${name} is ${entry.dtype}; F32, F16 and BF16 can be read`);
     const [from, to] = entry.data_offsets;
@@ -87,8 +81,7 @@ export class Weights {
     const index = `${single}.index.json`;
     if (existsSync(single)) addFile(single, this.#tensors);
     else if (existsSync(index)) {
-      const { weight_map: map } = readJson(index) as { weight_map?: Record<string, string> };
-      if (!map) throw new CheckpointError(`${index}: no weight_map`);
+      const { weight_map: map } = parseConfig(Index, readJson(index), index);
       for (const shard of new Set(Object.values(map))) {
         const file = join(this.folder, shard);
         if (!existsSync(file)) throw new CheckpointError(`${index} names ${shard}, which is missing`);

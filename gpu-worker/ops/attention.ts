@@ -50,11 +50,11 @@ export function groupQueryAttention(
   return { out, key, value };
 }
 
-/** Uncached attention of all to all. q, k, v [B,S,heads·head]; mask i32 [B,S]: 0 hides a row from every query. */
-export function multiHeadAttention(g: Graph, q: Value, k: Value, v: Value, mask: Value, heads: number): Value {
+/** Uncached attention of all to all. q, k, v [B,S,heads·head]; bias [B,1,S,S], added to the scores, or null. */
+export function multiHeadAttention(g: Graph, q: Value, k: Value, v: Value, bias: Value | null, heads: number): Value {
   return g.node(
     "MultiHeadAttention",
-    [q, k, v, null, mask],
+    bias ? [q, k, v, null, null, bias] : [q, k, v],
     [{ dtype: q.dtype, shape: q.shape }],
     { num_heads: heads },
     "com.microsoft",

@@ -1,9 +1,10 @@
 /** Qwen2.5-VL's config.json and generation_config.json, as the graphs need them. */
 import { join } from "node:path";
 import { z } from "zod";
+import { CheckpointError } from "../../../shared/errors.ts";
 import { parseConfig } from "../config.ts";
 import type { LanguageConfig } from "../language.ts";
-import { CheckpointError, readJson } from "../weights.ts";
+import { readJson } from "../weights.ts";
 
 const VisionJson = z.object({
   depth: z.int().positive(),

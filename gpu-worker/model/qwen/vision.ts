@@ -13,50 +13,57 @@ const EPSILON = 1e-6; // Qwen2_5_VLVisionBlock fixes it
 
 /**
  * Patches of one picture to the rows that take its image tokens' places (Qwen2_5_VisionTransformerPretrainedModel).
- * Rows are kept in window order throughout, each window padded to its full size, so that windows are a batch.
- * Inputs: pixels [P,C·T·p·p]; row_index i64 [W·S]: the patch in each row, S rows a window; window_mask i32 [W,S] and
- * full_mask i32 [1,W·S]: 0 at padding; cos, sin [W·S,head/2]; window_positions i64 [W,S] and full_positions i64 [1,W·S]:
- * 0, 1, 2, …; cell_index i64 [cells]: for each token in reading order, its place. Output: rows [cells,out].
+ * Rows are kept in window order throughout, each window padded to its full size, so that windows are a batch; full
+ * attention gathers the rows that are no padding. Inputs: pixels [P,C·T·p·p]; row_patch i64 [W·S]: the patch in each row,
+ * S rows a window; patch_row i64 [P]: the row of each patch; mask [W,1,S,S]: -inf in padding's columns; cos, sin
+ * [W·S,head/2]; positions i64 [W,S]: 0, 1, 2, …; cell_index i64 [cells]: for each token in reading order, its place.
+ * Output: rows [cells,out].
  */
 export function visionGraph(c: VisionConfig, w: Weights, options: GraphOptions): Graph {
   const g = new Graph(options);
   const pixelsPerPatch = 3 * c.temporalPatch * c.patch * c.patch;
   const size = (c.window * c.merge) ** 2;
   const pixels = g.input("pixels", g.dtype, ["P", pixelsPerPatch]);
-  const rowIndex = g.input("row_index", "i64", ["rows"]);
-  const attention = {
-    window: { mask: g.input("window_mask", "i32", ["W", size]), at: g.input("window_positions", "i64", ["W", size]) },
-    full: { mask: g.input("full_mask", "i32", [1, "rows"]), at: g.input("full_positions", "i64", [1, "rows"]) },
+  const inputs: AttentionInputs = {
+    rowPatch: g.input("row_patch", "i64", ["rows"]),
+    patchRow: g.input("patch_row", "i64", ["P"]),
+    mask: g.input("mask", g.dtype, ["W", 1, size, size]),
+    cos: g.input("cos", g.dtype, ["rows", c.width / c.heads / 2]),
+    sin: g.input("sin", g.dtype, ["rows", c.width / c.heads / 2]),
+    positions: g.input("positions", "i64", ["W", size]),
   };
-  const cos = g.input("cos", g.dtype, ["rows", c.width / c.heads / 2]);
-  const sin = g.input("sin", g.dtype, ["rows", c.width / c.heads / 2]);
   const cellIndex = g.input("cell_index", "i64", ["cells"]);
 
   const kernel = w.get("visual.patch_embed.proj.weight", [c.width, 3, c.temporalPatch, c.patch, c.patch]);
   const embed = transpose(g, reshape(g, parameter(g, kernel), [c.width, pixelsPerPatch]), [1, 0]);
-  let x = gather(g, matMul(g, pixels, embed), rowIndex);
+  let x = gather(g, matMul(g, pixels, embed), inputs.rowPatch);
   for (let i = 0; i < c.layers; i++) {
     const name = `visual.blocks.${i}`;
     const norm = (part: string, y: Value) =>
       rmsNorm(g, y, parameter(g, w.get(`${name}.${part}.weight`, [c.width])), EPSILON);
-    const full = c.fullAttention.has(i);
-    const { mask, at } = full ? attention.full : attention.window;
-    const qkv = linear(
-      g,
-      norm("norm1", x),
-      [w.get(`${name}.attn.qkv.weight`, [3 * c.width, c.width])],
-      [w.get(`${name}.attn.qkv.bias`, [3 * c.width])],
-    );
-    const shaped = reshape(g, qkv, full ? [1, -1, 3 * c.width] : [-1, size, 3 * c.width], full ? "rows" : "W");
-    const [q, k, v] = split(g, shaped, [c.width, c.width, c.width]);
-    const turn = (y: Value) => rotaryEmbedding(g, y, at, cos, sin, c.heads);
-    const attended = reshape(g, multiHeadAttention(g, turn(q), turn(k), v, mask, c.heads), [-1, c.width], "rows");
-    const matrix = w.get(`${name}.attn.proj.weight`, [c.width, c.width]);
-    x = add(g, x, linear(g, attended, [matrix], [w.get(`${name}.attn.proj.bias`, [c.width])]));
+    const dense = (part: string, y: Value, out: number) =>
+      linear(g, y, [w.get(`${name}.attn.${part}.weight`, [out, c.width])], [w.get(`${name}.attn.${part}.bias`, [out])]);
+    const qkv = dense("qkv", norm("norm1", x), 3 * c.width);
+    x = add(g, x, dense("proj", attention(g, qkv, inputs, c, c.fullAttention.has(i)), c.width));
     x = add(g, x, gatedMlp(g, norm("norm2", x), w, `${name}.mlp`, c.width, c.inner, true));
   }
   g.output("rows", merger(g, x, cellIndex, c, w));
   return g;
+}
+
+type AttentionInputs = Record<"rowPatch" | "patchRow" | "mask" | "cos" | "sin" | "positions", Value>;
+
+/** Within windows or among all patches. qkv [W·S,3·width] to [W·S,width]. */
+function attention(g: Graph, qkv: Value, inputs: AttentionInputs, c: VisionConfig, full: boolean): Value {
+  const { rowPatch, patchRow, mask, cos, sin, positions } = inputs;
+  const size = (c.window * c.merge) ** 2;
+  const [q, k, v] = split(g, reshape(g, qkv, [-1, size, 3 * c.width], "W"), [c.width, c.width, c.width]);
+  const turn = (y: Value) => rotaryEmbedding(g, y, positions, cos, sin, c.heads);
+  const rows = (y: Value) => reshape(g, y, [-1, c.width], "rows");
+  if (!full) return rows(multiHeadAttention(g, turn(q), turn(k), v, mask, c.heads));
+  const patches = (y: Value) => reshape(g, gather(g, rows(y), patchRow), [1, -1, c.width], "P");
+  const attended = multiHeadAttention(g, patches(turn(q)), patches(turn(k)), patches(v), null, c.heads);
+  return gather(g, reshape(g, attended, [-1, c.width], "P"), rowPatch);
 }
 
 /** Qwen2_5_VLPatchMerger, and the return to reading order. */
@@ -75,9 +82,11 @@ export interface VisionLayout {
   /** Rows of one window. */
   size: number;
   /** [windows·size]: the patch in each row; padding repeats patch 0. */
-  rowIndex: Int32Array;
+  rowPatch: Int32Array;
+  /** [P]: the row of each patch. */
+  patchRow: Int32Array;
   /** [windows·size]: 0 at padding. */
-  mask: Uint8Array;
+  real: Uint8Array;
   /** [windows·size]: patch row and column, for the rotary embedding. */
   rows: Int32Array;
   columns: Int32Array;
@@ -98,8 +107,9 @@ export function visionLayout(height: number, width: number, c: VisionConfig): Vi
   const layout: VisionLayout = {
     windows: down * across,
     size: cellsPerWindow * unit,
-    rowIndex: new Int32Array(total),
-    mask: new Uint8Array(total),
+    rowPatch: new Int32Array(total),
+    patchRow: new Int32Array(height * width),
+    real: new Uint8Array(total),
     rows: new Int32Array(total),
     columns: new Int32Array(total),
     cellIndex: new Int32Array(cellRows * cellColumns),
@@ -112,8 +122,9 @@ export function visionLayout(height: number, width: number, c: VisionConfig): Vi
       layout.cellIndex[cell] = place;
       for (let i = 0; i < unit; i++) {
         const to = place * unit + i;
-        layout.rowIndex[to] = cell * unit + i;
-        layout.mask[to] = 1;
+        layout.rowPatch[to] = cell * unit + i;
+        layout.patchRow[cell * unit + i] = to;
+        layout.real[to] = 1;
         layout.rows[to] = row * merge + Math.floor(i / merge);
         layout.columns[to] = column * merge + (i % merge);
       }

@@ -1,0 +1,81 @@
+/**
+ * A thousand requests of every kind in a process of their own, whose JavaScript heap is held small so that the size of
+ * the process tells of native memory: node --expose-gc --max-semi-space-size=1. Prints what is left of them as JSON.
+ */
+import { setImmediate } from "node:timers/promises";
+import type { GenerateRequest } from "../../shared/protocol.ts";
+import { cases, collect, openEngine, prepare } from "./goldens.ts";
+
+const engine = openEngine();
+const never = new AbortController().signal;
+const requestOf = async (id: string, change: Partial<GenerateRequest>) =>
+  (await prepare(engine, cases.find((c) => c.id === id)!, change)).request;
+
+const text = await requestOf("18-story", { maxTokens: 6 });
+const long = await requestOf("18-story", { maxTokens: 200 });
+const picture = await requestOf("00-describe", { maxTokens: 6 });
+const pictures = await requestOf("15-compare", { maxTokens: 6 });
+const all = (request: GenerateRequest) => collect(engine.generate(request, never));
+
+async function refused(work: Promise<unknown>): Promise<void> {
+  const error = await work.then(
+    () => null,
+    (thrown) => thrown,
+  );
+  if (!error) throw new Error("was to be refused");
+}
+
+/** Decodes until the signal is aborted in the third cycle. */
+async function abortInTheMiddle(): Promise<void> {
+  const controller = new AbortController();
+  const steps = engine.generate(long, controller.signal);
+  for (let i = 0; i < 3; i++) await steps.next();
+  controller.abort();
+  await refused(steps.next());
+}
+
+/** Decodes three cycles and leaves the loop, as a reader that fails does. */
+async function leaveInTheMiddle(): Promise<void> {
+  let cycles = 0;
+  for await (const _step of engine.generate(long, never)) if (++cycles === 3) return;
+}
+
+const kinds: (() => Promise<unknown>)[] = [
+  () => all(text),
+  () => all({ ...text, sampling: { ...text.sampling, temperature: 1 } }),
+  () => all(picture),
+  () => all(pictures),
+  abortInTheMiddle,
+  leaveInTheMiddle,
+  () => refused(all({ ...text, maxTokens: 5000 })),
+  () => refused(all({ ...picture, images: ["0".repeat(64)] })),
+  () => refused(engine.putImage("1".repeat(64), Uint8Array.of(1))),
+  () => requestOf("06-ocr", {}), // one more pass of the vision tower
+];
+
+async function measure() {
+  // Twice what it takes for V8 to let go of code that runs no more, and for what waits for a turn of the event loop.
+  for (let i = 0; i < 10; i++) {
+    await setImmediate();
+    (globalThis as unknown as { gc(): void }).gc();
+  }
+  const { rss, heapUsed } = process.memoryUsage();
+  return { tensors: engine.runtime.allocatedBytes, heap: heapUsed, process: rss };
+}
+
+async function rounds(n: number): Promise<void> {
+  for (let i = 0; i < n; i++) for (const kind of kinds) await kind();
+}
+
+const first = (await measure()).tensors;
+await rounds(40);
+const before = await measure();
+await rounds(100);
+const after = await measure();
+const left = {
+  tensors: after.tensors - first,
+  heap: after.heap - before.heap,
+  process: after.process - before.process,
+};
+console.log(JSON.stringify(left));
+await engine.close();
