@@ -186,10 +186,6 @@ export class Tensor implements Disposable {
     return this.#buffer;
   }
 
-  get onHost(): boolean {
-    return this.#buffer !== undefined;
-  }
-
   /** Views of host memory. Not to be kept beyond the tensor's life. */
   get f32(): Float32Array<ArrayBuffer> {
     return new Float32Array(this.#host("f32"), 0, this.elements);
@@ -237,30 +233,35 @@ export class Binding implements Disposable {
   readonly #runOptions: Handle;
   readonly #handle: Handle;
   /**
-   * Host inputs of a session on another device: binding copies them there, so they are bound anew before every run.
-   * undefined where host and device memory are one.
+   * What binds each input and output again before a run, on devices with memory of their own: there binding a host input
+   * copies it, and a run replaces a bound output that another provider's kernel produced (a fallback to the CPU).
    */
-  readonly #copied: Map<string, () => void> | undefined;
+  readonly #again: Map<string, () => void> | undefined;
 
   constructor(session: Handle, runOptions: Handle, handle: Handle, unified: boolean) {
     this.#session = session;
     this.#runOptions = runOptions;
     this.#handle = handle;
-    this.#copied = unified ? undefined : new Map();
+    this.#again = unified ? undefined : new Map();
   }
 
   /** Binds elements of `tensor` from `offset` on, shaped `dims`, as an input. */
   input(name: string, tensor: Tensor, dims: Dims, offset = 0): this {
-    if (tensor.onHost) this.#copied?.set(name, () => this.#bind(api.BindInput, name, tensor, dims, offset));
-    return this.#bind(api.BindInput, name, tensor, dims, offset);
+    return this.#keep(`input ${name}`, () => this.#bind(api.BindInput, name, tensor, dims, offset));
   }
 
   /** Binds an output; the same memory may be an input too (a KV cache that grows in place). */
   output(name: string, tensor: Tensor, dims: Dims, offset = 0): this {
-    return this.#bind(api.BindOutput, name, tensor, dims, offset);
+    return this.#keep(`output ${name}`, () => this.#bind(api.BindOutput, name, tensor, dims, offset));
   }
 
-  #bind(bind: Call, name: string, tensor: Tensor, dims: Dims, offset: number): this {
+  #keep(key: string, bind: () => void): this {
+    if (this.#again) this.#again.set(key, bind);
+    else bind();
+    return this;
+  }
+
+  #bind(bind: Call, name: string, tensor: Tensor, dims: Dims, offset: number): void {
     const elements = dims.reduce((a, b) => a * b, 1);
     if (offset + elements > tensor.elements)
       throw new Error(`${name}: [${dims}] from ${offset} does not fit ${tensor.elements} elements`);
@@ -279,12 +280,11 @@ export class Binding implements Disposable {
     } finally {
       api.ReleaseValue(value); // the binding holds its own reference
     }
-    return this;
   }
 
   /** Runs the graph; returns when every output is there. */
   run(): void {
-    if (this.#copied) for (const bind of this.#copied.values()) bind();
+    if (this.#again) for (const bind of this.#again.values()) bind();
     check(api.RunWithBinding(this.#session, this.#runOptions, this.#handle));
   }
 
