@@ -3,9 +3,14 @@
 import { spawn } from "node:child_process";
 import { existsSync } from "node:fs";
 import { delimiter, join } from "node:path";
+import { fileURLToPath } from "node:url";
 
-const bin = join(import.meta.dirname ?? ".", "node_modules", `node-${process.platform}-${process.arch}`, "bin");
-const path = existsSync(bin) ? bin + delimiter + process.env.PATH : process.env.PATH;
+const modules = fileURLToPath(new URL("node_modules", import.meta.url));
+const platform = `${process.platform}-${process.arch}`;
+const bins = [`node-${platform}`, `node-bin-${platform}`]
+  .map((name) => join(modules, name, "bin"))
+  .filter((bin) => existsSync(bin));
+const path = [...bins, process.env.PATH].join(delimiter);
 const child = spawn(process.argv[2], process.argv.slice(3), { stdio: "inherit", env: { ...process.env, PATH: path } });
 // A terminal's Ctrl-C reaches the whole process group; a signal sent to this process alone is passed on.
 process.on("SIGINT", () => {});

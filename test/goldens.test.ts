@@ -141,9 +141,8 @@ describe("the draft's first tree", () => {
       const root = argmax(sequence.firstLogits);
       expect(root).toBe(first.first_token);
       const shape = { totalToken: t.total_token, depth: t.depth, topK: t.top_k };
-      using drafting = vispecDrafter(engine.runtime, engine.model, () => fixedPlan(shape)).start(
+      const drafting = vispecDrafter(engine.runtime, engine.model, () => fixedPlan(shape)).start(
         sequence,
-        64,
       ) as VispecDrafting;
       const prompt = sequence.prompt.expanded.tokens.length;
       drafting.sequence.prefill(root);
@@ -154,9 +153,8 @@ describe("the draft's first tree", () => {
       );
       expect(drafting.sequence.cache.length).toBe(first.kv_length);
       expect(drafting.sequence.position).toBe(first.kv_real_length);
-      using again = vispecDrafter(engine.runtime, engine.model, () => fixedPlan(shape)).start(
+      const again = vispecDrafter(engine.runtime, engine.model, () => fixedPlan(shape)).start(
         sequence,
-        64,
       ) as VispecDrafting;
       const tree = again.propose({ rows: [prompt - 1], next: [root] });
       expect(tree.tokens).toEqual(first.draft_tokens);

@@ -22,12 +22,18 @@ beforeAll(() => {
 afterAll(() => engine.close());
 
 const never = new AbortController().signal;
+
+/** Bytes of tensors, without the memory that the target keeps for later sequences. */
+function allocated(): number {
+  engine.target[Symbol.dispose]();
+  return engine.runtime.allocatedBytes;
+}
 const requestOf = async (id: string, change: Partial<GenerateRequest>) =>
   (await prepare(engine, cases.find((c) => c.id === id)!, change)).request;
 
 test("an abort frees a sequence's memory within one cycle", async () => {
   const request = await requestOf("00-describe", { maxTokens: 200 });
-  const free = engine.runtime.allocatedBytes;
+  const free = allocated();
   const controller = new AbortController();
   const steps = engine.generate(request, controller.signal);
   await steps.next();
@@ -35,18 +41,32 @@ test("an abort frees a sequence's memory within one cycle", async () => {
   expect(engine.runtime.allocatedBytes).toBeGreaterThan(free);
   controller.abort(new Error("enough"));
   await expect(steps.next()).rejects.toThrow("enough");
-  expect(engine.runtime.allocatedBytes).toBe(free);
+  expect(allocated()).toBe(free);
 });
 
 test("sequences that run side by side free their own memory only", async () => {
   const request = await requestOf("06-ocr", { maxTokens: 20 });
   const alone = await collect(engine.generate(request, never));
-  const free = engine.runtime.allocatedBytes;
+  const free = allocated();
   const [kept, left] = [engine.generate(request, never), engine.generate(request, never)];
   const tokens: number[] = [...(await kept.next()).value!.tokens];
   await left.next();
   await left.return(undefined);
   for await (const step of kept) tokens.push(...step.tokens);
   expect(tokens).toEqual(alone.flatMap((step) => step.tokens));
-  expect(engine.runtime.allocatedBytes).toBe(free);
+  expect(allocated()).toBe(free);
+});
+
+test("a sequence uses the memory of one that ended, and is not changed by it", async () => {
+  const long = await requestOf("00-describe", { maxTokens: 200 });
+  const short = await requestOf("06-ocr", { maxTokens: 20 });
+  allocated();
+  const alone = await collect(engine.generate(short, never));
+  await collect(engine.generate(long, never));
+  const held = engine.runtime.allocatedBytes;
+  const steps = engine.generate(short, never);
+  const tokens = [...(await steps.next()).value!.tokens];
+  expect(engine.runtime.allocatedBytes).toBe(held);
+  for await (const step of steps) tokens.push(...step.tokens);
+  expect(tokens).toEqual(alone.flatMap((step) => step.tokens));
 });

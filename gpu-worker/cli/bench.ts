@@ -1,2 +1,180 @@
-export const BENCH_HELP = "vispec bench";
-export async function benchCommand(_args: string[], _signal: AbortSignal): Promise<void> {}
+/** `vispec bench`: how fast the model answers here, plain and with drafts, in one run. Prints; asserts nothing. */
+import { readFileSync } from "node:fs";
+import { cpus } from "node:os";
+import { join } from "node:path";
+import { ChatModel, prepareChat } from "../../shared/chat.ts";
+import type { GenerateRequest } from "../../shared/protocol.ts";
+import type { Finish } from "../engine/engine.ts";
+import { type EngineOptions, LocalEngine } from "../engine/local.ts";
+import { startEngine } from "../engine/process.ts";
+import { startServer } from "../server.ts";
+import { startEdge } from "../start.ts";
+import { engineOptions, number, parseFlags } from "./options.ts";
+
+export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--device cpu|cuda|webgpu] [--threads N] [--json]`;
+
+const ROOT = join(import.meta.dirname, "../../test/goldens/qwen/images");
+const PICTURES = ["00-describe-0.png", "01-describe-0.png", "02-describe-0.png", "03-describe-0.png", "23-odd-0.png"];
+const PROMPT = "Describe this image in detail.";
+
+const dataUrls = () => PICTURES.map((p) => `data:image/png;base64,${readFileSync(join(ROOT, p)).toString("base64")}`);
+const messages = (url: string) => [
+  { role: "user" as const, content: [imagePart(url), { type: "text" as const, text: PROMPT }] },
+];
+const imagePart = (url: string) => ({ type: "image_url" as const, image_url: { url } });
+
+interface Row {
+  decoding: string;
+  prefillMs: number;
+  tokensPerSecond: number;
+  meanAccepted: number;
+  draftedPerCycle: number;
+  draftShare: number;
+  verifyShare: number;
+  hostShare: number;
+}
+
+const sum = (values: number[]) => values.reduce((a, b) => a + b, 0);
+const median = (values: number[]) => values.toSorted((a, b) => a - b)[values.length >> 1];
+
+/** One pass over the pictures. Decoding is everything after the first token, the draft's own prefill included. */
+function summarize(decoding: string, all: Finish[]): Row {
+  const decode = sum(all.map((f) => f.timings.total - f.timings.prefill));
+  const cycles = sum(all.map((f) => f.cycles));
+  const [draft, verify] = [sum(all.map((f) => f.timings.draft)), sum(all.map((f) => f.timings.verify))];
+  return {
+    decoding,
+    prefillMs: sum(all.map((f) => f.timings.prefill)) / all.length,
+    tokensPerSecond: (sum(all.map((f) => f.completionTokens - 1)) / decode) * 1000,
+    meanAccepted: sum(all.flatMap((f) => f.acceptedPerCycle)) / cycles,
+    draftedPerCycle: sum(all.map((f) => f.drafted)) / cycles,
+    draftShare: draft / decode,
+    verifyShare: verify / decode,
+    hostShare: 1 - (draft + verify) / decode,
+  };
+}
+
+class Contender {
+  readonly name: string;
+  readonly engine: LocalEngine;
+  readonly rows: Row[] = [];
+  #requests: GenerateRequest[] = [];
+
+  constructor(name: string, options: EngineOptions) {
+    this.name = name;
+    this.engine = new LocalEngine(options);
+  }
+
+  async prepare(): Promise<void> {
+    const model = new ChatModel(this.engine.info);
+    for (const url of dataUrls()) {
+      const { request, images } = await prepareChat({ messages: messages(url), temperature: 0 }, model, "bench");
+      for (const [hash, { bytes }] of images) await this.engine.putImage(hash, bytes);
+      this.#requests.push({ ...request, maxTokens: 256 });
+    }
+  }
+
+  async round(signal: AbortSignal): Promise<void> {
+    const all: Finish[] = [];
+    for (const request of this.#requests)
+      for await (const step of this.engine.generate(request, signal)) if (step.finish) all.push(step.finish);
+    this.rows.push(summarize(this.name, all));
+  }
+
+  /** The round of median speed, the first left out: it warms caches and compiled code up. */
+  get result(): Row {
+    const rows = this.rows.slice(1);
+    const middle = median(rows.map((row) => row.tokensPerSecond));
+    return rows.find((row) => row.tokensPerSecond === middle)!;
+  }
+}
+
+/** Streams through the edge: milliseconds to the first token of a picture never seen before, and tokens/s after it. */
+async function throughEdge(options: EngineOptions, rounds: number, signal: AbortSignal) {
+  const begun = performance.now();
+  const engine = await startEngine(options);
+  const server = await startServer(engine, { port: 0, host: "127.0.0.1" });
+  const edge = await startEdge({ port: 0, upstream: server.url });
+  const ready = performance.now() - begun;
+  try {
+    const [speeds, firsts]: number[][] = [[], []];
+    for (let round = 0; round < rounds; round++)
+      for (const [i, url] of dataUrls().entries()) {
+        const { first, speed } = await stream(edge.url, url, signal);
+        if (round > 0) speeds.push(speed);
+        if (round === 0 && i > 0) firsts.push(first); // the edge's first request fetches the tokenizer
+      }
+    return { readyMs: ready, firstTokenMs: median(firsts), tokensPerSecond: median(speeds) };
+  } finally {
+    await edge.close();
+    await server.close();
+    await engine.close();
+  }
+}
+
+async function stream(base: string, url: string, signal: AbortSignal): Promise<{ first: number; speed: number }> {
+  const options = { stream: true, stream_options: { include_usage: true }, temperature: 0, max_tokens: 256 };
+  const body = JSON.stringify({ ...options, messages: messages(url) });
+  const begun = performance.now();
+  const headers = { "content-type": "application/json" };
+  const response = await fetch(`${base}/v1/chat/completions`, { method: "POST", body, headers, signal });
+  if (!response.ok) throw new Error(await response.text());
+  let [text, first] = ["", 0];
+  const decoder = new TextDecoder();
+  for await (const chunk of response.body!) {
+    text += decoder.decode(chunk, { stream: true });
+    if (first === 0 && /"content":"[^"]/.test(text)) first = performance.now() - begun;
+  }
+  const tokens = Number(/"completion_tokens":(\d+)/.exec(text)?.[1]);
+  return { first, speed: ((tokens - 1) / (performance.now() - begun - first)) * 1000 };
+}
+
+function print(rows: Row[], edge: Record<string, Awaited<ReturnType<typeof throughEdge>>>): void {
+  const percent = (x: number) => `${(100 * x).toFixed(0)} %`;
+  const { length, 0: cpu } = cpus();
+  console.log(`${cpu.model}, ${length} cores, float32, ${process.platform} ${process.arch}; medians of one run\n`);
+  console.log(
+    "| decoding | prefill ms | tokens/s | × plain | mean accepted | drafted a cycle | draft | verify | host |",
+  );
+  console.log("|---|---|---|---|---|---|---|---|---|");
+  for (const row of rows) {
+    const ratio = row.tokensPerSecond / rows[0].tokensPerSecond;
+    const shares = [row.draftShare, row.verifyShare, row.hostShare].map(percent);
+    const numbers = [row.prefillMs.toFixed(1), row.tokensPerSecond.toFixed(0), ratio.toFixed(2)];
+    const drafts = [row.meanAccepted.toFixed(2), row.draftedPerCycle.toFixed(1)];
+    console.log(`| ${[row.decoding, ...numbers, ...drafts, ...shares].join(" | ")} |`);
+  }
+  console.log(
+    "\n| through the edge | ready after s | first token of a new picture ms | stream tokens/s |\n|---|---|---|---|",
+  );
+  for (const [name, e] of Object.entries(edge))
+    console.log(
+      `| ${name} | ${(e.readyMs / 1000).toFixed(1)} | ${e.firstTokenMs.toFixed(0)} | ${e.tokensPerSecond.toFixed(0)} |`,
+    );
+}
+
+/** Plain, adaptive and the paper's tree take turns in every round, so that what else the machine does hits all alike. */
+export async function benchCommand(args: string[], signal: AbortSignal): Promise<void> {
+  const flags = parseFlags(args, ["rounds"], [], ["json"]);
+  const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? 6;
+  const options = engineOptions(flags);
+  const contenders = [
+    new Contender("plain", { ...options, drafter: "none" }),
+    new Contender("ViSpec, tree by cost", { ...options, drafter: "vispec", shape: undefined }),
+    new Contender("ViSpec 4/2/1", { ...options, drafter: "vispec", shape: { totalToken: 4, depth: 2, topK: 1 } }),
+    new Contender("ViSpec 30/3/8", { ...options, drafter: "vispec", shape: { totalToken: 30, depth: 3, topK: 8 } }),
+  ];
+  for (const contender of contenders) await contender.prepare();
+  for (let round = 0; round < rounds; round++) {
+    if (!flags.json) console.error(`round ${round + 1} of ${rounds}`);
+    for (const contender of contenders) await contender.round(signal);
+  }
+  const rows = contenders.map((contender) => contender.result);
+  for (const { engine } of contenders) await engine.close();
+  const edge = {
+    plain: await throughEdge({ ...options, drafter: "none" }, rounds, signal),
+    ViSpec: await throughEdge({ ...options, drafter: "vispec", shape: undefined }, rounds, signal),
+  };
+  if (flags.json) console.log(JSON.stringify({ rows, edge }));
+  else print(rows, edge);
+}

@@ -79,6 +79,7 @@ export async function generateCommand(args: string[], signal: AbortSignal): Prom
   const chat = parseChatRequest(JSON.stringify(body));
   const engine = new LocalEngine(engineOptions(flags));
   try {
+    await engine.warmUp();
     const { request, images } = await prepareChat(chat, new ChatModel(engine.info), "generate");
     const begun = performance.now();
     for (const [hash, { bytes, where }] of images) {
@@ -114,6 +115,11 @@ function print(text: string, draftText: number): void {
   process.stdout.write(colour ? `\x1b[32m${text.slice(0, draftText)}\x1b[0m${text.slice(draftText)}` : text);
 }
 
+/** To microseconds. */
+function rounded(values: Record<string, number>): Record<string, number> {
+  return Object.fromEntries(Object.entries(values).map(([name, value]) => [name, Number(value.toFixed(3))]));
+}
+
 function report(flags: Flags, text: string, tokens: number[], finish: Finish, vision: number): void {
   const { acceptedPerCycle, cycles, completionTokens, promptTokens, imageTokens, timings } = finish;
   const accepted = acceptedPerCycle.reduce((a, b) => a + b, 0);
@@ -134,7 +140,7 @@ function report(flags: Flags, text: string, tokens: number[], finish: Finish, vi
     ...{ text, tokens, finishReason: finish.reason },
     usage: { promptTokens, imageTokens, completionTokens },
     ...{ cycles, acceptedPerCycle, meanAccepted, tokensPerCycle: meanAccepted + 1 },
-    timings: { vision, ...timings, tokensPerSecond },
+    timings: rounded({ vision, ...timings, tokensPerSecond }),
   };
   process.stdout.write(`${JSON.stringify(result)}\n`);
 }

@@ -54,7 +54,7 @@ export async function* decode(
   };
   if (last(first, 0)) return;
   given = 1;
-  using drafting = drafter.start(context, maxTokens);
+  const drafting = drafter.start(context);
   for (let fresh: Fresh = { rows: [prompt.expanded.tokens.length - 1], next: [first] }; ; ) {
     await setImmediate(); // lets messages in: a cancellation above all
     signal.throwIfAborted();

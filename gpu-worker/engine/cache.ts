@@ -56,6 +56,14 @@ export class SequenceCache implements Disposable {
     this.sin = runtime.tensor("f32", (this.capacity * shape.headSize) / 2);
   }
 
+  /** Empties the cache for another sequence. */
+  reset(): void {
+    this.length = 0;
+    this.#open = 0;
+    this.#block.rows = 0;
+    this.#biasValues.fill(Number.NEGATIVE_INFINITY);
+  }
+
   /** Binds the cache to a pass of `tokens` tokens; `bias` replaces the sequence's own (see `prefillBias`). */
   bind(binding: Binding, tokens: number, bias: Tensor = this.#bias): void {
     const { headSize } = this.shape;

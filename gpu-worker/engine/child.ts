@@ -46,7 +46,9 @@ function serve(engine: LocalEngine): void {
 process.on("SIGINT", () => {});
 process.on("disconnect", () => process.exit(0));
 try {
-  serve(new LocalEngine(JSON.parse(process.argv[2])));
+  const engine = new LocalEngine(JSON.parse(process.argv[2]));
+  await engine.warmUp();
+  serve(engine);
 } catch (thrown) {
   send({ failed: (thrown as Error).message, checkpoint: thrown instanceof CheckpointError });
 }

@@ -2,7 +2,7 @@
 import type { Tree } from "../decode/tree.ts";
 import type { Path } from "../decode/verify.ts";
 import type { Model } from "../model/model.ts";
-import type { SequenceCache } from "./cache.ts";
+import { SequenceCache } from "./cache.ts";
 import type { Binding, Runtime, Tensor } from "./runtime.ts";
 import type { Prompt } from "./target.ts";
 
@@ -14,29 +14,37 @@ export interface Fresh {
   next: number[];
 }
 
+/** Disposing of it gives its memory back to the target, which uses it for later sequences; `free` ends it. */
 export class Context implements Disposable {
-  readonly prompt: Prompt;
   readonly cache: SequenceCache;
-  /** [rows,D], after the final norm: the prompt's, then the last tree's. */
+  /** [capacity,D], after the final norm: the prompt's, then the last tree's. */
   readonly hidden: Tensor;
-  readonly maxTree: number;
   /** [maxTree,V] */
   readonly logits: Tensor;
+  readonly maxTree: number;
   readonly #model: Model;
+  readonly #release: (context: Context) => void;
   readonly #ids: Tensor;
   readonly #positions: Tensor;
   readonly #rows: Tensor;
   readonly #none: Tensor;
   readonly #noRows: Tensor;
+  readonly #idValues: BigInt64Array;
+  readonly #positionValues: BigInt64Array;
+  readonly #logitValues: Float32Array;
   readonly #bindings = new Map<number, Binding>();
+  /** Memory of others that goes with the sequence's. */
+  readonly #companions = new Map<object, Disposable>();
+  #prompt: Prompt | undefined;
 
-  constructor(runtime: Runtime, model: Model, prompt: Prompt, cache: SequenceCache, hidden: Tensor, maxTree: number) {
-    this.prompt = prompt;
-    this.cache = cache;
-    this.hidden = hidden;
-    this.maxTree = maxTree;
+  constructor(runtime: Runtime, model: Model, rows: number, maxTree: number, release: (context: Context) => void) {
+    const { language } = model.config;
     this.#model = model;
-    this.logits = runtime.tensor("f32", maxTree * model.config.language.vocabulary);
+    this.#release = release;
+    this.maxTree = maxTree;
+    this.cache = new SequenceCache(runtime, language, rows, maxTree, model.mover);
+    this.hidden = runtime.tensor("f32", this.cache.capacity * language.hidden, "device");
+    this.logits = runtime.tensor("f32", maxTree * language.vocabulary);
     this.#ids = runtime.tensor("i64", maxTree);
     this.#positions = runtime.tensor("i64", maxTree);
     this.#rows = runtime.tensor("i64", maxTree);
@@ -47,9 +55,25 @@ export class Context implements Disposable {
     this.#positionValues = this.#positions.i64;
     this.#logitValues = this.logits.f32;
   }
-  readonly #idValues: BigInt64Array;
-  readonly #positionValues: BigInt64Array;
-  readonly #logitValues: Float32Array;
+
+  /** Starts a sequence in this memory. */
+  begin(prompt: Prompt): void {
+    this.#prompt = prompt;
+    this.cache.reset();
+  }
+
+  get prompt(): Prompt {
+    if (!this.#prompt) throw new Error("no sequence was begun");
+    return this.#prompt;
+  }
+
+  /** Memory that `owner` keeps beside this sequence's, made once and freed with it. */
+  companion<T extends Disposable>(owner: object, make: () => T): T {
+    const known = this.#companions.get(owner) as T | undefined;
+    const companion = known ?? make();
+    if (!known) this.#companions.set(owner, companion);
+    return companion;
+  }
 
   /** Logits [V] after the prompt's last token. */
   get firstLogits(): Float32Array {
@@ -90,7 +114,14 @@ export class Context implements Disposable {
   }
 
   [Symbol.dispose](): void {
+    if (!this.#prompt) return;
+    this.#prompt = undefined;
+    this.#release(this);
+  }
+
+  free(): void {
     for (const binding of this.#bindings.values()) binding[Symbol.dispose]();
+    for (const companion of this.#companions.values()) companion[Symbol.dispose]();
     const tensors = [this.hidden, this.logits, this.#ids, this.#positions, this.#rows, this.#none, this.#noRows];
     for (const tensor of tensors) tensor[Symbol.dispose]();
     this.cache[Symbol.dispose]();

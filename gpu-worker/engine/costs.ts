@@ -46,7 +46,7 @@ export function measureCosts(runtime: Runtime, model: Model, target: Target): Co
   });
   const verify = time(trees.map((tree) => () => context.score(tree)));
   const widest = ROWS.at(-1)!;
-  using sequence = new DraftSequence(runtime, model, context, most, widest, widest, widest);
+  using sequence = new DraftSequence(runtime, model, context, widest, widest, widest);
   sequence.prefill(0);
   const levels = ROWS.map((n) => {
     const under = new Array<number>(n).fill(-1);

@@ -37,23 +37,14 @@ export class DraftSequence implements Disposable {
   readonly #values: { ids: BigInt64Array; hiddenRows: BigInt64Array; positions: BigInt64Array; candidates: Candidates };
   #turn = 0;
 
-  /** `room`: the most tokens that will be added; `maxRows`: the most rows of one level or one catch-up. */
-  constructor(
-    runtime: Runtime,
-    model: Model,
-    context: Context,
-    room: number,
-    maxRows: number,
-    scratch: number,
-    topK: number,
-  ) {
+  /** `maxRows`: the most rows of one level or one catch-up; `scratch`: the most rows of a tree. */
+  constructor(runtime: Runtime, model: Model, context: Context, maxRows: number, scratch: number, topK: number) {
     const { config, rope } = model.draft!;
-    const prompt = context.prompt.expanded.tokens.length;
     this.#runtime = runtime;
     this.#model = model;
     this.#context = context;
     this.topK = topK;
-    this.cache = new SequenceCache(runtime, { ...config, layers: 1 }, prompt + room + scratch, maxRows);
+    this.cache = new SequenceCache(runtime, { ...config, layers: 1 }, context.cache.capacity + scratch, maxRows);
     const angles = (this.cache.capacity * config.headSize) / 2;
     this.cache.cos.f32.set(rope.cos.subarray(0, angles));
     this.cache.sin.f32.set(rope.sin.subarray(0, angles));
@@ -73,7 +64,7 @@ export class DraftSequence implements Disposable {
     this.#tensors.k.i64[0] = BigInt(topK);
     this.#logProbs = runtime.tensor("f32", maxRows * topK);
     this.#bias = runtime.tensor("f32", config.hidden);
-    const rows = [Math.max(maxRows, Math.min(CHUNK, prompt)), maxRows];
+    const rows = [Math.max(maxRows, Math.min(CHUNK, this.cache.capacity)), maxRows];
     this.#out = rows.map((n) => runtime.tensor("f32", n * config.hidden, "device")) as [Tensor, Tensor];
     const { ids, hiddenRows, positions, tokens } = this.#tensors;
     this.#values = {
@@ -84,11 +75,13 @@ export class DraftSequence implements Disposable {
     };
   }
 
-  /** The prompt's rows and the root's: `first` is the text's first token. */
+  /** Starts a sequence: the prompt's rows and the root's; `first` is the text's first token. */
   prefill(first: number): Candidates {
     const { tokens, images } = this.#context.prompt.expanded;
     const { hidden: width, queries } = this.#model.draft!.config;
     const next = [...tokens.slice(1), first];
+    this.cache.reset();
+    this.#turn = 0;
     let bias = this.#globalBias(new Float32Array(width));
     const rows: PromptRow[] = [];
     let at = 0;

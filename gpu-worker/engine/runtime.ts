@@ -4,12 +4,15 @@
  */
 import { existsSync } from "node:fs";
 import { createRequire } from "node:module";
+import { availableParallelism } from "node:os";
 import { dirname, join } from "node:path";
 import koffi from "koffi";
 import { functions } from "./ort-api.ts";
 
 export type Device = "cpu" | "cuda" | "webgpu";
 export type DType = "f32" | "f16" | "bf16" | "i8" | "i32" | "i64" | "bool";
+/** Beyond these the passes of small models gain nothing. */
+const MOST_THREADS = 8;
 type Handle = bigint;
 type Dims = readonly number[];
 
@@ -90,7 +93,7 @@ export class Runtime {
   constructor(options: RuntimeOptions = {}) {
     load();
     this.device = options.device ?? "cpu";
-    this.#threads = options.threads ?? 1;
+    this.#threads = options.threads ?? Math.min(MOST_THREADS, availableParallelism());
     this.#hostInfo = create(api.CreateMemoryInfo, "Cpu", 0, 0, 0);
     this.#hostAllocator = create(api.GetAllocatorWithDefaultOptions);
     const names = { cpu: "Cpu", cuda: "Cuda", webgpu: "WebGPU_Buf" };

@@ -2,12 +2,17 @@
 import type { Model } from "../model/model.ts";
 import type { ExpandedPrompt } from "../model/qwen/positions.ts";
 import { frequencies, ropeTable } from "../model/rope.ts";
-import { SequenceCache } from "./cache.ts";
+import type { SequenceCache } from "./cache.ts";
 import { Context } from "./context.ts";
 import type { Runtime } from "./runtime.ts";
 
 /** Most tokens of one prefill pass: bounds the attention bias, chunk × capacity. */
 const PREFILL_CHUNK = 512;
+
+/** Capacities are multiples of this, so that sequences of like length can use each other's memory. */
+const ROUND = 512;
+/** Ended sequences whose memory is kept. */
+const MAX_FREE = 2;
 
 /** A prompt whose pictures went through the vision tower: [count, D] rows in the order of `expanded.images`. */
 export interface Prompt {
@@ -15,11 +20,14 @@ export interface Prompt {
   imageRows: Float32Array[];
 }
 
-export class Target {
+export class Target implements Disposable {
   readonly #runtime: Runtime;
   readonly #model: Model;
   /** Angles for every position, computed once: rows are copied into each sequence's table. */
   readonly #rope: { cos: Float32Array; sin: Float32Array };
+
+  /** Memory of sequences that have ended, for those to come. */
+  readonly #free: Context[] = [];
 
   constructor(runtime: Runtime, model: Model) {
     this.#runtime = runtime;
@@ -35,15 +43,32 @@ export class Target {
   /** Runs the prompt; `maxTree` is the largest tree that will be scored, `room` the most tokens that will be added. */
   prefill(prompt: Prompt, room: number, maxTree: number): Context {
     const { expanded } = prompt;
-    const { language } = this.#model.config;
     const length = expanded.tokens.length;
-    const cache = new SequenceCache(this.#runtime, language, length + room + maxTree, maxTree, this.#model.mover);
-    const hidden = this.#runtime.tensor("f32", Math.max(length, maxTree) * language.hidden, "device");
-    const context = new Context(this.#runtime, this.#model, prompt, cache, hidden, maxTree);
-    this.#fillRope(cache, expanded);
+    const context = this.#take(length + room + maxTree, maxTree);
+    context.begin(prompt);
+    this.#fillRope(context.cache, expanded);
     for (let from = 0; from < length; from += PREFILL_CHUNK)
       this.#prefillChunk(context, from, Math.min(length, from + PREFILL_CHUNK));
     return context;
+  }
+
+  /** Memory for a sequence of so many rows: an earlier one's, whose bindings are made already, or new. */
+  #take(rows: number, maxTree: number): Context {
+    const fit = this.#free.filter((c) => c.cache.capacity >= rows && c.maxTree === maxTree);
+    const best = fit.sort((a, b) => a.cache.capacity - b.cache.capacity)[0];
+    if (!best) return new Context(this.#runtime, this.#model, Math.ceil(rows / ROUND) * ROUND, maxTree, this.#give);
+    this.#free.splice(this.#free.indexOf(best), 1);
+    return best;
+  }
+
+  readonly #give = (context: Context): void => {
+    this.#free.push(context);
+    if (this.#free.length > MAX_FREE) this.#free.shift()!.free();
+  };
+
+  /** Frees what is kept for later sequences. */
+  [Symbol.dispose](): void {
+    for (const context of this.#free.splice(0)) context.free();
   }
 
   #prefillChunk(context: Context, from: number, to: number): void {

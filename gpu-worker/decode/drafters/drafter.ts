@@ -5,11 +5,11 @@ import { rootOnly, type Tree } from "../tree.ts";
 export interface Drafter {
   /** The most nodes of a tree, root included. */
   readonly maxTree: number;
-  /** A sequence's drafting state, made after its prefill. `first` is the text's first token, the root of the first tree. */
-  start(context: Context, room: number): Drafting;
+  /** A sequence's drafting state, made after its prefill. */
+  start(context: Context): Drafting;
 }
 
-export interface Drafting extends Disposable {
+export interface Drafting {
   /** A tree rooted at the last token of the text; `fresh` is what the text gained since the last call. */
   propose(fresh: Fresh): Tree;
 }
@@ -17,8 +17,5 @@ export interface Drafting extends Disposable {
 /** Plain decoding. */
 export const noDrafter: Drafter = {
   maxTree: 1,
-  start: () => ({
-    propose: (fresh) => rootOnly(fresh.next.at(-1)!),
-    [Symbol.dispose]() {},
-  }),
+  start: () => ({ propose: (fresh) => rootOnly(fresh.next.at(-1)!) }),
 };

@@ -18,29 +18,40 @@ export interface Costs {
   verify(nodes: number): number;
 }
 
-/** What decides, while a cycle drafts, how it goes on. `scores` are log-probabilities of paths from the root. */
+/** What one cycle's tree came to; milliseconds of drafting, and of all the rest (verifying, host work). */
+export interface Outcome {
+  accepted: number;
+  draftMs: number;
+  restMs: number;
+}
+
+/** What decides, while a cycle drafts, how it goes on. Scores are log-probabilities of paths from the root. */
 export interface Plan {
+  /** Children a node. */
   readonly topK: number;
   /** The most nodes of a tree, root included, and the most levels below the first. */
   readonly maxTree: number;
   readonly maxDepth: number;
-  /**
-   * How many of the beams (scores falling) to expand into one more level; 0 to stop. `level` counts from 0; `seen` are the
-   * scores of all nodes so far, in any order.
-   */
+  /** Begins a cycle whose catch-up pass had `rows` rows. */
+  begin(rows: number): void;
+  /** How many of the beams (scores falling) to expand into one more level, 0 to stop; `seen`: the scores of all nodes. */
   width(level: number, beams: number[], seen: number[]): number;
+  /** How likely the draft held the first and second child of a node to be. */
+  saw(first: number, second: number): void;
   /** How many of the best nodes to verify, the root not counted. */
   size(seen: number[]): number;
-  /** What became of a cycle's tree. */
-  learn(accepted: number): void;
+  learn(outcome: Outcome): void;
   /** Whether drafting has turned out slower than plain decoding, so that the sequence should go on without. */
   readonly loses: boolean;
 }
 
+/** The same tree in every cycle, as the paper has it. */
 export function fixedPlan({ totalToken, depth, topK }: TreeShape): Plan {
   return {
     ...{ topK, maxTree: totalToken, maxDepth: depth, loses: false },
+    begin() {},
     width: (level, beams) => (level < depth ? Math.min(topK, beams.length) : 0),
+    saw() {},
     size: () => totalToken - 1,
     learn() {},
   };
@@ -52,107 +63,139 @@ const WIDTHS = [1, 2, 4];
 /** Sizes of trees that are verified, root included: few, since a shape's first pass is slower. */
 const SIZES = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32];
 /** Cycles after which the balance is looked at, and again each time. */
-const TRIAL = 12;
+const TRIAL = 24;
 
 /**
- * The tree that promises the most tokens a millisecond, decided anew in every cycle: the draft's own probabilities say
- * how many tokens a tree would give, the measured costs how long it would take. Another level is drafted while that
- * raises the rate. Nothing of it can change the text, only how fast it comes.
+ * The tree that promises most, decided anew in every cycle: the draft's own probabilities say how many tokens it would
+ * give, measured costs how long it would take. Nodes and levels are added while the tokens that they promise are worth
+ * more than what decoding yields in the same time. Nothing of it can change the text, only how fast it comes.
  */
 export class AdaptivePlan implements Plan {
   readonly topK = TOP_K;
   readonly maxTree = SIZES.at(-1)!;
   readonly maxDepth = MAX_DEPTH;
-  readonly #costs: Costs;
-  /** Draft milliseconds of this cycle. */
-  #spent = 0;
-  /** Expected tokens of the tree that `size` chose. */
-  #promised = 0;
-  #cycle = 0;
-  /** Sums over the trial's cycles. */
-  #tokens = 0;
-  #milliseconds = 0;
-  #cycles = 0;
   loses = false;
-  /** How the accepted drafts compare with what the draft's probabilities promised; and how likely its first child is. */
-  readonly #trust: Trust;
+  readonly #costs: Costs;
+  readonly #experience: Experience;
+  /** Of this cycle so far, by the table: draft and verify milliseconds; and the tokens that its tree promises. */
+  #draft = 0;
+  #verify = 0;
+  #promised = 0;
+  /** Sums over a trial. */
+  #trial = { cycles: 0, tokens: 0, milliseconds: 0 };
 
-  constructor(costs: Costs, trust: Trust) {
+  constructor(costs: Costs, experience: Experience) {
     this.#costs = costs;
-    this.#trust = trust;
+    this.#experience = experience;
+    experience.rate ||= 1 / costs.verify(1);
+  }
+
+  begin(rows: number): void {
+    this.#draft = this.#costs.draft(rows);
   }
 
   width(level: number, beams: number[], seen: number[]): number {
-    if (level === 0) this.#spent = this.#costs.draft(2); // the catch-up: as many rows as were accepted
     if (level >= MAX_DEPTH) return 0;
-    const now = seen.map((s) => this.#trust.probability(s));
-    let [width, best] = [0, this.#best(now, 0).rate];
+    const { experience, now } = { experience: this.#experience, now: this.#probabilities(seen) };
+    let [width, most] = [0, this.#best(now).value];
     for (const w of WIDTHS) {
       if (w > beams.length) break;
-      const more = beams.slice(0, w).flatMap((s) => {
-        const p = this.#trust.probability(s);
-        return [p * this.#trust.first, p * (1 - this.#trust.first) * 0.5];
-      });
-      const { rate } = this.#best([...now, ...more], this.#costs.draft(w));
-      if (rate > best) [width, best] = [w, rate];
+      const children = this.#probabilities(beams.slice(0, w)).flatMap((p) => [
+        p * experience.first,
+        p * experience.second,
+      ]);
+      const price = this.#costs.draft(w) * experience.draftScale * experience.rate;
+      const value = this.#best([...now, ...children]).value - price;
+      if (value > most) [width, most] = [w, value];
     }
-    if (width > 0) this.#spent += this.#costs.draft(width);
+    if (width > 0) this.#draft += this.#costs.draft(width);
     return width;
   }
 
-  /** The number of nodes, best first, that gives the most tokens a millisecond. */
-  #best(probabilities: number[], extra: number): { nodes: number; tokens: number; rate: number } {
-    const sorted = probabilities.toSorted((a, b) => b - a);
-    let best = { nodes: 0, tokens: 1, rate: 0 };
-    let tokens = 1;
+  saw(first: number, second: number): void {
+    this.#experience.saw(first, second);
+  }
+
+  #probabilities(scores: number[]): number[] {
+    return scores.map((score) => this.#experience.probability(score));
+  }
+
+  /** The number of nodes, best first, whose tokens exceed most what decoding yields in the time of their verification. */
+  #best(probabilities: number[]): { nodes: number; tokens: number; value: number } {
+    const { rate, verifyScale } = this.#experience;
+    probabilities.sort((a, b) => b - a);
+    let best = { nodes: 0, tokens: 0, value: Number.NEGATIVE_INFINITY };
+    let tokens = 0;
     let n = 0;
     for (const size of SIZES) {
-      if (size - 1 > sorted.length) break;
-      while (n < size - 1) tokens += sorted[n++];
-      const rate = tokens / (this.#spent + extra + this.#costs.verify(size));
-      if (rate > best.rate) best = { nodes: n, tokens, rate };
+      if (size - 1 > probabilities.length) break;
+      while (n < size - 1) tokens += probabilities[n++];
+      const value = tokens - rate * verifyScale * this.#costs.verify(size);
+      if (value > best.value) best = { nodes: n, tokens, value };
     }
     return best;
   }
 
   size(seen: number[]): number {
-    const { nodes, tokens } = this.#best(
-      seen.map((s) => this.#trust.probability(s)),
-      0,
-    );
-    this.#promised = tokens - 1;
-    this.#cycle = this.#spent + this.#costs.verify(nodes + 1);
+    const { nodes, tokens } = this.#best(this.#probabilities(seen));
+    this.#promised = tokens;
+    this.#verify = this.#costs.verify(nodes + 1);
     return nodes;
   }
 
-  learn(accepted: number): void {
-    this.#trust.learn(accepted, this.#promised);
-    this.#tokens += accepted + 1;
-    this.#milliseconds += this.#cycle;
-    if (++this.#cycles % TRIAL !== 0) return;
-    this.loses = this.#tokens / this.#milliseconds < 1 / this.#costs.verify(1);
-    this.#tokens = this.#milliseconds = 0;
+  learn({ accepted, draftMs, restMs }: Outcome): void {
+    this.#experience.learn(accepted, this.#promised, draftMs / this.#draft, restMs / this.#verify, draftMs + restMs);
+    const trial = this.#trial;
+    trial.tokens += accepted + 1;
+    trial.milliseconds += draftMs + restMs;
+    if (++trial.cycles < TRIAL) return;
+    const plain = this.#costs.verify(1) * this.#experience.verifyScale;
+    this.loses = trial.milliseconds / trial.tokens > plain;
+    this.#trial = { cycles: 0, tokens: 0, milliseconds: 0 };
   }
 }
 
-/** Running estimates that outlive a sequence: how far the draft's probabilities can be believed. */
-export class Trust {
-  #accepted = 20;
-  #promised = 20;
-  /** Mean probability of a node's first child. */
+/** Cycles that a running mean looks back on. */
+const MEMORY = 100;
+/** The draft is believed at least this much, so that a run of bad luck can be made up for. */
+const LEAST_TRUST = 0.25;
+
+/** Running means that outlive a sequence. */
+export class Experience {
+  /** Tokens a millisecond. */
+  rate = 0;
+  /** What passes cost now over what the table says. */
+  draftScale = 1;
+  verifyScale = 1;
+  /** Mean probability of a node's likeliest child, and of the second. */
   first = 0.8;
+  second = 0.1;
+  /** Means a cycle; it starts as if ten cycles had gone as promised. */
+  #accepted = 1;
+  #promised = 1;
+  #time = 0;
+  #cycles = 10;
 
+  /** How likely a path of that score is accepted: the draft's own probability, by as much as it was right so far. */
   probability(score: number): number {
-    return Math.min(1, Math.exp(score) * (this.#accepted / this.#promised));
+    return Math.min(1, Math.exp(score) * Math.max(LEAST_TRUST, this.#accepted / this.#promised));
   }
 
-  learn(accepted: number, promised: number): void {
-    const fade = 0.99;
-    this.#accepted = this.#accepted * fade + accepted;
-    this.#promised = this.#promised * fade + promised;
+  /** `draftRatio`, `restRatio`: milliseconds over what the table says. */
+  learn(accepted: number, promised: number, draftRatio: number, restRatio: number, milliseconds: number): void {
+    const weight = 1 / Math.min(++this.#cycles, MEMORY);
+    // A cycle that something else held up says nothing of what passes cost.
+    const toward = (mean: number, value: number) => mean + weight * (Math.min(value, 3 * mean) - mean);
+    this.#accepted += weight * (accepted - this.#accepted);
+    this.#promised += weight * (promised - this.#promised);
+    this.#time = toward(this.#time || milliseconds, milliseconds);
+    this.draftScale = toward(this.draftScale, draftRatio);
+    this.verifyScale = toward(this.verifyScale, restRatio);
+    this.rate = (this.#accepted + 1) / this.#time;
   }
 
-  learnFirst(probability: number): void {
-    this.first += 0.02 * (probability - this.first);
+  saw(first: number, second: number): void {
+    this.first += 0.01 * (first - this.first);
+    this.second += 0.01 * (second - this.second);
   }
 }

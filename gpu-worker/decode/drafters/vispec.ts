@@ -31,6 +31,9 @@ export class VispecDrafting implements Drafting {
   readonly #plan: Plan;
   #started = false;
   #resting = false;
+  /** When the last tree was proposed, and how long that took. */
+  #proposed = 0;
+  #draftMs = 0;
 
   constructor(sequence: DraftSequence, plan: Plan) {
     this.sequence = sequence;
@@ -39,15 +42,21 @@ export class VispecDrafting implements Drafting {
 
   propose(fresh: Fresh): Tree {
     const root = fresh.next.at(-1)!;
-    if (this.#started) this.#plan.learn(fresh.next.length - 1);
+    const begun = performance.now();
+    if (this.#started && !this.#resting)
+      this.#plan.learn({ accepted: fresh.next.length - 1, draftMs: this.#draftMs, restMs: begun - this.#proposed });
     // Once plain decoding is faster the draft's cache is let fall behind: it rests for the rest of the sequence.
     if ((this.#resting ||= this.#plan.loses)) return rootOnly(root);
+    this.#plan.begin(fresh.next.length);
     const first = this.#started ? this.sequence.extend(fresh) : this.sequence.prefill(root);
     this.#started = true;
     const seen: Seen = { tokens: [], parents: [], depths: [], scores: [], fed: [] };
     this.#addChildren(seen, first, 0, -1);
     this.#drawLevels(seen);
-    return grow(root, seen, best(seen.scores, 0, this.#plan.size(seen.scores)));
+    const tree = grow(root, seen, best(seen.scores, 0, this.#plan.size(seen.scores)));
+    this.#proposed = performance.now();
+    this.#draftMs = this.#proposed - begun;
+    return tree;
   }
 
   #drawLevels(seen: Seen): void {
@@ -69,6 +78,7 @@ export class VispecDrafting implements Drafting {
       const found = this.sequence.level(tokens, rows, fedParents, level);
       before = seen.tokens.length;
       for (const [row, i] of beams.entries()) this.#addChildren(seen, found, row, i);
+      if (topK > 1) this.#plan.saw(Math.exp(found.logProbs[0]), Math.exp(found.logProbs[1]));
       fed = beams;
     }
   }
@@ -83,10 +93,6 @@ export class VispecDrafting implements Drafting {
       seen.scores.push(score + logProbs[i]);
       seen.fed.push(-1);
     }
-  }
-
-  [Symbol.dispose](): void {
-    this.sequence[Symbol.dispose]();
   }
 }
 
@@ -104,15 +110,16 @@ function grow(root: number, seen: Seen, kept: number[]): Tree {
   return tree;
 }
 
-/** `plan` is asked for a plan at the start of every sequence. */
+/** `plan` is asked for a plan at the start of every sequence; all have the same bounds. */
 export function vispecDrafter(runtime: Runtime, model: Model, plan: () => Plan): Drafter {
-  return {
-    maxTree: plan().maxTree,
-    start(context: Context, room: number) {
-      const own = plan();
-      const rows = Math.max(own.topK, own.maxDepth + 2);
-      const scratch = own.topK * own.maxDepth;
-      return new VispecDrafting(new DraftSequence(runtime, model, context, room, rows, scratch, own.topK), own);
+  const { maxTree, maxDepth, topK } = plan();
+  const rows = Math.max(topK, maxDepth + 2);
+  const drafter: Drafter = {
+    maxTree,
+    start(context: Context) {
+      const make = () => new DraftSequence(runtime, model, context, rows, topK * maxDepth, topK);
+      return new VispecDrafting(context.companion(drafter, make), plan());
     },
   };
+  return drafter;
 }
