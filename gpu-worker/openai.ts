@@ -2,7 +2,7 @@
 import type { ApiError } from "../shared/errors.ts";
 import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
 import type { Tokenizer } from "../shared/tokenizer.ts";
-import type { Finish, Step, TokenLogprob } from "./engine/engine.ts";
+import type { Finish, Step, TokenLogprob } from "./engine.ts";
 
 /** Writes one answer. Its strings are put together by hand, since this runs for every step of every stream. */
 export class Answer {

@@ -6,7 +6,7 @@ import { ApiError, toApiError } from "../shared/errors.ts";
 import { hashImage } from "../shared/images.ts";
 import { parseBody, parseChatRequest } from "../shared/parse.ts";
 import { GenerateRequest, ImageHash } from "../shared/protocol.ts";
-import type { Engine, Step } from "./engine/engine.ts";
+import type { Engine, Step } from "./engine.ts";
 import { clientSignal, PortInUseError, readBody, sendError, sendJson } from "./http.ts";
 import { Answer, errorEvent, modelList } from "./openai.ts";
 import { FairQueue } from "./queue.ts";

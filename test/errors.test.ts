@@ -5,7 +5,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { crc32 } from "node:zlib";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { LocalEngine } from "../gpu-worker/engine/local.ts";
+import { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { Checkpoint, convert, readTensors, writeTensors } from "./support/checkpoint.ts";
 import { type Ended, vispec } from "./support/cli.ts";
 import { type Case, cases, collect, dataUrl, GOLDENS, prepare } from "./support/goldens.ts";

@@ -3,8 +3,8 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { fixedPlan, type TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { type VispecDrafting, vispecDrafter } from "../gpu-worker/decode/drafters/vispec.ts";
 import { argmax } from "../gpu-worker/decode/sample.ts";
-import { writeTreeMask } from "../gpu-worker/decode/tree.ts";
-import type { LocalEngine } from "../gpu-worker/engine/local.ts";
+import { writeTreeMask } from "../gpu-worker/engine/mask.ts";
+import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { expandPrompt } from "../gpu-worker/model/qwen/positions.ts";
 import {
   type Case,

@@ -286,6 +286,8 @@ describe("Refusals", () => {
     const message = (size: string) =>
       `The image has ${size} pixels; at most ${MAX_PIXELS} (width times height) are accepted.`;
     expect(await refusal(() => decodeImage(png(30000, 30000, 8, 2, [])))).toBe(message("30000x30000"));
+    const header = png(30000, 30000, 8, 2, []).subarray(0, 33);
+    expect(await refusal(() => decodeImage(header))).toBe(message("30000x30000"));
     expect(await refusal(() => decodeImage(png(8001, 8000, 8, 2, [])))).toBe(message("8001x8000"));
     const gif = read("gif.gif");
     gif.writeUInt16LE(65535, 6);

@@ -1,6 +1,6 @@
 /** Nothing stays behind: tensors by the runtime's own count, everything else by the size of a process. */
 import { afterAll, beforeAll, expect, test } from "vitest";
-import type { LocalEngine } from "../gpu-worker/engine/local.ts";
+import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import type { GenerateRequest } from "../shared/protocol.ts";
 import { start } from "./support/cli.ts";
 import { cases, collect, openEngine, prepare } from "./support/goldens.ts";

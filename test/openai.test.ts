@@ -2,7 +2,7 @@
 import { ChildProcess } from "node:child_process";
 import OpenAI from "openai";
 import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, test, vi } from "vitest";
-import type { FromEngine } from "../gpu-worker/engine/process.ts";
+import type { FromEngine } from "../gpu-worker/engine-process.ts";
 import { Checkpoint } from "./support/checkpoint.ts";
 import { cases, readGolden, withImages } from "./support/goldens.ts";
 import { type Stack, startStack } from "./support/stack.ts";

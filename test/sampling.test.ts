@@ -6,7 +6,7 @@ import type { TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { distribution, Sampler, uniforms } from "../gpu-worker/decode/sample.ts";
 import { rootOnly, type Tree } from "../gpu-worker/decode/tree.ts";
 import { verify } from "../gpu-worker/decode/verify.ts";
-import type { LocalEngine } from "../gpu-worker/engine/local.ts";
+import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { expandPrompt } from "../gpu-worker/model/qwen/positions.ts";
 import type { Sampling } from "../shared/protocol.ts";
 import { cases, collect, openEngine, prepare, readGolden } from "./support/goldens.ts";

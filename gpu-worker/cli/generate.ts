@@ -4,8 +4,8 @@ import { dirname, resolve } from "node:path";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import { ApiError, toApiError } from "../../shared/errors.ts";
 import { parseChatRequest } from "../../shared/parse.ts";
-import type { Finish } from "../engine/engine.ts";
-import { LocalEngine } from "../engine/local.ts";
+import type { Finish } from "../engine.ts";
+import { LocalEngine } from "../engine-local.ts";
 import { engineOptions, type Flags, number, parseFlags, UsageError } from "./options.ts";
 
 export const GENERATE_HELP = `vispec generate --image FILE … --prompt TEXT | --messages FILE.json

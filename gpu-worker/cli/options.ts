@@ -1,7 +1,7 @@
 /** Reads the command line: flags to checked values. A mistake is a UsageError that names the flag. */
 import { parseArgs } from "node:util";
 import type { TreeShape } from "../decode/drafters/plan.ts";
-import type { EngineOptions } from "../engine/local.ts";
+import type { EngineOptions } from "../engine-local.ts";
 
 export class UsageError extends Error {
   override name = "UsageError";

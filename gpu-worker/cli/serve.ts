@@ -1,5 +1,5 @@
 /** `vispec serve`: the GPU worker alone. `npm start`: the worker and the edge before it, on this machine. */
-import { startEngine } from "../engine/process.ts";
+import { startEngine } from "../engine-process.ts";
 import { startServer } from "../server.ts";
 import { startEdge } from "../start.ts";
 import { engineOptions, number, parseFlags, UsageError } from "./options.ts";

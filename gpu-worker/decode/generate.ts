@@ -2,9 +2,9 @@
 import { ApiError } from "../../shared/errors.ts";
 import type { GenerateRequest } from "../../shared/protocol.ts";
 import { Detokenizer, type Tokenizer } from "../../shared/tokenizer.ts";
-import type { Finish, Step, TokenLogprob } from "../engine/engine.ts";
 import type { ImageRows } from "../engine/images.ts";
 import type { Target } from "../engine/target.ts";
+import type { Finish, Step, TokenLogprob } from "../engine.ts";
 import type { Model } from "../model/model.ts";
 import { expandPrompt } from "../model/qwen/positions.ts";
 import { type Cycle, decode } from "./decode.ts";

@@ -1,5 +1,5 @@
 /** The memory of one sequence in one decoder: KV cache, rotary tables and attention bias, of a fixed capacity. */
-import { writeTreeMask } from "../decode/tree.ts";
+import { writeTreeMask } from "./mask.ts";
 import type { Binding, Runtime, Session, Tensor } from "./runtime.ts";
 
 export interface CacheShape {

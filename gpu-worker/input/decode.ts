@@ -33,11 +33,15 @@ export async function decodeImage(bytes: Uint8Array, { orient = true } = {}): Pr
   // "error": benign warnings (say, an odd colour profile) pass, as with Pillow; a premature end does not.
   const options = { failOn: "error", ignoreIcc: true, limitInputPixels: false } as const;
   const image = sharp(frame ? frame.opaque : bytes, options);
+  // A PNG's size stands at a fixed place, so that even a file of which no more is there is told what is wrong with it.
+  if (format === "png" && bytes.length >= 24) {
+    const header = new DataView(bytes.buffer, bytes.byteOffset, 24);
+    checkPixels(header.getUint32(16), header.getUint32(20));
+  }
   const about = await image.metadata().catch((cause) => refuse(`The ${name} image is truncated or damaged.`, cause));
   if (about.format !== format) refuse(`The ${name} image is truncated or damaged.`);
   const { width, height } = frame ?? about;
-  if (width * height > MAX_PIXELS)
-    refuse(`The image has ${width}x${height} pixels; at most ${MAX_PIXELS} (width times height) are accepted.`);
+  checkPixels(width, height);
 
   const deep = about.depth === "ushort";
   // The file's own colour space throughout, so that nothing is converted.
@@ -56,6 +60,11 @@ export async function decodeImage(bytes: Uint8Array, { orient = true } = {}): Pr
 
 function refuse(message: string, cause?: unknown): never {
   throw new ApiError(400, message, { code: "invalid_image", cause });
+}
+
+function checkPixels(width: number, height: number): void {
+  if (width * height > MAX_PIXELS)
+    refuse(`The image has ${width}x${height} pixels; at most ${MAX_PIXELS} (width times height) are accepted.`);
 }
 
 const ACCEPTED_NAMES = "JPEG, PNG, WebP and GIF";

@@ -1,9 +1,9 @@
 /** Reads the goldens (test/goldens/README.md says how they were made) and asks the engine what they ask. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Step } from "../../gpu-worker/engine/engine.ts";
 import { encodePicture, type ImageRows } from "../../gpu-worker/engine/images.ts";
-import { type EngineOptions, LocalEngine } from "../../gpu-worker/engine/local.ts";
+import type { Step } from "../../gpu-worker/engine.ts";
+import { type EngineOptions, LocalEngine } from "../../gpu-worker/engine-local.ts";
 import { decodeImage } from "../../gpu-worker/input/decode.ts";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import type { GenerateRequest } from "../../shared/protocol.ts";

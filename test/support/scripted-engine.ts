@@ -1,5 +1,5 @@
 /** An Engine without a model, for tests of the HTTP side: it yields what a script says and notes what it was asked. */
-import type { Engine, Finish, Step } from "../../gpu-worker/engine/engine.ts";
+import type { Engine, Finish, Step } from "../../gpu-worker/engine.ts";
 import { ApiError } from "../../shared/errors.ts";
 import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
 import { tinyModel } from "./tiny-model.ts";

@@ -1,6 +1,6 @@
 /** Edge, GPU worker and the engine in its own process, as `npm start` puts them together. */
-import type { Engine } from "../../gpu-worker/engine/engine.ts";
-import { startEngine } from "../../gpu-worker/engine/process.ts";
+import type { Engine } from "../../gpu-worker/engine.ts";
+import { startEngine } from "../../gpu-worker/engine-process.ts";
 import { startServer } from "../../gpu-worker/server.ts";
 import { startEdge } from "../../gpu-worker/start.ts";
 import { MODEL } from "./goldens.ts";

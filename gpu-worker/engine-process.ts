@@ -1,10 +1,10 @@
 /** The engine in a process of its own, so that HTTP never waits for a pass and a crash of native code ends no server. */
 import { type ChildProcess, fork } from "node:child_process";
 import { join } from "node:path";
-import { ApiError, CheckpointError } from "../../shared/errors.ts";
-import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
+import { ApiError, CheckpointError } from "../shared/errors.ts";
+import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
 import type { Engine, Step } from "./engine.ts";
-import type { EngineOptions } from "./local.ts";
+import type { EngineOptions } from "./engine-local.ts";
 
 export type ToEngine = { call: number } & (
   | { generate: GenerateRequest }
@@ -24,7 +24,9 @@ type Answer = Extract<FromEngine, { call: number }>;
 
 /** Starts the process and waits until its model is loaded. Rejects with CheckpointError when it can't be. */
 export async function startEngine(options: EngineOptions): Promise<Engine> {
-  const child = fork(join(import.meta.dirname, "child.ts"), [JSON.stringify(options)], { serialization: "advanced" });
+  const child = fork(join(import.meta.dirname, "engine-child.ts"), [JSON.stringify(options)], {
+    serialization: "advanced",
+  });
   const info = await new Promise<ModelInfo>((resolve, reject) => {
     child.once("exit", (code, signal) => reject(new Error(`the engine ended while loading (${signal ?? code})`)));
     child.once("error", reject);

@@ -1,22 +1,22 @@
 /** The engine in this process: model, images, drafter. The child process runs it, and so does the command line. */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { ApiError, CheckpointError } from "../../shared/errors.ts";
-import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
-import { Tokenizer } from "../../shared/tokenizer.ts";
-import { decode } from "../decode/decode.ts";
-import { type Drafter, noDrafter } from "../decode/drafters/drafter.ts";
-import { AdaptivePlan, Experience, fixedPlan, type Plan, type TreeShape } from "../decode/drafters/plan.ts";
-import { vispecDrafter } from "../decode/drafters/vispec.ts";
-import { generate } from "../decode/generate.ts";
-import { Sampler } from "../decode/sample.ts";
-import { loadModel, type Model } from "../model/model.ts";
-import { expandPrompt } from "../model/qwen/positions.ts";
-import { measureCosts } from "./costs.ts";
+import { ApiError, CheckpointError } from "../shared/errors.ts";
+import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
+import { Tokenizer } from "../shared/tokenizer.ts";
+import { decode } from "./decode/decode.ts";
+import { type Drafter, noDrafter } from "./decode/drafters/drafter.ts";
+import { AdaptivePlan, Experience, fixedPlan, type Plan, type TreeShape } from "./decode/drafters/plan.ts";
+import { vispecDrafter } from "./decode/drafters/vispec.ts";
+import { generate } from "./decode/generate.ts";
+import { Sampler } from "./decode/sample.ts";
+import { measureCosts } from "./engine/costs.ts";
+import { encodePicture, ImageStore } from "./engine/images.ts";
+import { type Device, Runtime } from "./engine/runtime.ts";
+import { Target } from "./engine/target.ts";
 import type { Engine, Step } from "./engine.ts";
-import { encodePicture, ImageStore } from "./images.ts";
-import { type Device, Runtime } from "./runtime.ts";
-import { Target } from "./target.ts";
+import { loadModel, type Model } from "./model/model.ts";
+import { expandPrompt } from "./model/qwen/positions.ts";
 
 export interface EngineOptions {
   /** Folder of the target's checkpoint. */

@@ -1,5 +1,5 @@
 /** What the HTTP server knows of the engine: the interface that the engine's process and its stand-in share. */
-import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
+import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
 
 export type FinishReason = "stop" | "length";
 

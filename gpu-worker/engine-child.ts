@@ -1,7 +1,7 @@
-/** Entry of the engine's own process: serves a LocalEngine to its parent. Started by process.ts only. */
-import { CheckpointError, toApiError } from "../../shared/errors.ts";
-import { LocalEngine } from "./local.ts";
-import type { FromEngine, ToEngine } from "./process.ts";
+/** Entry of the engine's own process: serves a LocalEngine to its parent. Started by engine-process.ts only. */
+import { CheckpointError, toApiError } from "../shared/errors.ts";
+import { LocalEngine } from "./engine-local.ts";
+import type { FromEngine, ToEngine } from "./engine-process.ts";
 
 // The parent may be gone while a sequence runs; "disconnect" ends this process then, so a failed send says nothing new.
 const send = (message: FromEngine) => process.send?.(message, (_error: Error | null) => {});
