@@ -22,6 +22,7 @@ export function encodePicture(runtime: Runtime, model: Model, picture: Picture):
   const layout = visionLayout(height, width, c);
   const total = layout.windows * layout.size;
   const half = c.width / c.heads / 2;
+  const patches = height * width;
   const cells = imageTokens(grid, model.processor);
   const ints = (values: ArrayLike<number>) => {
     const tensor = runtime.tensor("i64", values.length);
@@ -32,27 +33,22 @@ export function encodePicture(runtime: Runtime, model: Model, picture: Picture):
   using pixelTensor = runtime.tensor("f32", pixels.length);
   using rowPatch = ints(layout.rowPatch);
   using patchRow = ints(layout.patchRow);
-  using positions = ints(layout.rowPatch.map((_, i) => i));
-  using cellIndex = ints(layout.cellIndex);
+  using positions = ints(layout.rows.map((_, i) => i));
   using mask = runtime.tensor("f32", total * layout.size);
-  using cos = runtime.tensor("f32", total * half);
-  using sin = runtime.tensor("f32", total * half);
+  using cos = runtime.tensor("f32", patches * half);
+  using sin = runtime.tensor("f32", patches * half);
   using rows = runtime.tensor("f32", cells * c.out);
   pixelTensor.f32.set(pixels);
   fillMask(mask.f32, layout);
   fillAngles(cos.f32, sin.f32, layout.rows, layout.columns, half);
   using binding = model.vision.binding();
-  binding.input("pixels", pixelTensor, [pixels.length / cellSize(model), cellSize(model)]);
-  binding.input("row_patch", rowPatch, [total]).input("patch_row", patchRow, [layout.patchRow.length]);
+  binding.input("pixels", pixelTensor, [patches, pixels.length / patches]).input("positions", positions, [1, patches]);
+  binding.input("row_patch", rowPatch, [total]).input("patch_row", patchRow, [patches]);
   binding.input("mask", mask, [layout.windows, 1, layout.size, layout.size]);
-  binding.input("positions", positions, [layout.windows, layout.size]).input("cell_index", cellIndex, [cells]);
-  binding.input("cos", cos, [total, half]).input("sin", sin, [total, half]);
+  binding.input("cos", cos, [patches, half]).input("sin", sin, [patches, half]);
   binding.output("rows", rows, [cells, c.out]).run();
   return { grid: [height / c.merge, width / c.merge], rows: rows.f32.slice() };
 }
-
-/** Values of one patch. */
-const cellSize = ({ config: { vision } }: Model) => 3 * vision.temporalPatch * vision.patch ** 2;
 
 /** -inf where a window's row would look at padding. */
 function fillMask(mask: Float32Array, { windows, size, real }: VisionLayout): void {

@@ -13,11 +13,10 @@ const EPSILON = 1e-6; // Qwen2_5_VLVisionBlock fixes it
 
 /**
  * Patches of one picture to the rows that take its image tokens' places (Qwen2_5_VisionTransformerPretrainedModel).
- * Rows are kept in window order throughout, each window padded to its full size, so that windows are a batch; full
- * attention gathers the rows that are no padding. Inputs: pixels [P,C·T·p·p]; row_patch i64 [W·S]: the patch in each row,
- * S rows a window; patch_row i64 [P]: the row of each patch; mask [W,1,S,S]: -inf in padding's columns; cos, sin
- * [W·S,head/2]; positions i64 [W,S]: 0, 1, 2, …; cell_index i64 [cells]: for each token in reading order, its place.
- * Output: rows [cells,out].
+ * Rows stay in the processor's order; only windowed attention gathers them into windows, each padded to its full size, so
+ * that windows are a batch. Inputs: pixels [P,C·T·p·p]; cos, sin [P,head/2]; positions i64 [1,P]: 0, 1, 2, …; row_patch
+ * i64 [W·S]: the patch in each window's row; patch_row i64 [P]: the row of each patch; mask [W,1,S,S]: -inf in padding's
+ * columns. Output: rows [P/merge²,out], in reading order.
  */
 export function visionGraph(c: VisionConfig, w: Weights, options: GraphOptions): Graph {
   const g = new Graph(options);
@@ -25,18 +24,17 @@ export function visionGraph(c: VisionConfig, w: Weights, options: GraphOptions):
   const size = (c.window * c.merge) ** 2;
   const pixels = g.input("pixels", g.dtype, ["P", pixelsPerPatch]);
   const inputs: AttentionInputs = {
+    cos: g.input("cos", g.dtype, ["P", c.width / c.heads / 2]),
+    sin: g.input("sin", g.dtype, ["P", c.width / c.heads / 2]),
+    positions: g.input("positions", "i64", [1, "P"]),
     rowPatch: g.input("row_patch", "i64", ["rows"]),
     patchRow: g.input("patch_row", "i64", ["P"]),
     mask: g.input("mask", g.dtype, ["W", 1, size, size]),
-    cos: g.input("cos", g.dtype, ["rows", c.width / c.heads / 2]),
-    sin: g.input("sin", g.dtype, ["rows", c.width / c.heads / 2]),
-    positions: g.input("positions", "i64", ["W", size]),
   };
-  const cellIndex = g.input("cell_index", "i64", ["cells"]);
 
   const kernel = w.get("visual.patch_embed.proj.weight", [c.width, 3, c.temporalPatch, c.patch, c.patch]);
   const embed = transpose(g, reshape(g, parameter(g, kernel), [c.width, pixelsPerPatch]), [1, 0]);
-  let x = gather(g, matMul(g, pixels, embed), inputs.rowPatch);
+  let x = matMul(g, pixels, embed);
   for (let i = 0; i < c.layers; i++) {
     const name = `visual.blocks.${i}`;
     const norm = (part: string, y: Value) =>
@@ -47,31 +45,31 @@ export function visionGraph(c: VisionConfig, w: Weights, options: GraphOptions):
     x = add(g, x, dense("proj", attention(g, qkv, inputs, c, c.fullAttention.has(i)), c.width));
     x = add(g, x, gatedMlp(g, norm("norm2", x), w, `${name}.mlp`, c.width, c.inner, true));
   }
-  g.output("rows", merger(g, x, cellIndex, c, w));
+  g.output("rows", merger(g, x, c, w));
   return g;
 }
 
 type AttentionInputs = Record<"rowPatch" | "patchRow" | "mask" | "cos" | "sin" | "positions", Value>;
 
-/** Within windows or among all patches. qkv [W·S,3·width] to [W·S,width]. */
+/** Among all patches, or within windows. qkv [P,3·width] to [P,width]. */
 function attention(g: Graph, qkv: Value, inputs: AttentionInputs, c: VisionConfig, full: boolean): Value {
   const { rowPatch, patchRow, mask, cos, sin, positions } = inputs;
   const size = (c.window * c.merge) ** 2;
-  const [q, k, v] = split(g, reshape(g, qkv, [-1, size, 3 * c.width], "W"), [c.width, c.width, c.width]);
+  const [q, k, v] = split(g, reshape(g, qkv, [1, -1, 3 * c.width], "P"), [c.width, c.width, c.width]);
   const turn = (y: Value) => rotaryEmbedding(g, y, positions, cos, sin, c.heads);
-  const rows = (y: Value) => reshape(g, y, [-1, c.width], "rows");
-  if (!full) return rows(multiHeadAttention(g, turn(q), turn(k), v, mask, c.heads));
-  const patches = (y: Value) => reshape(g, gather(g, rows(y), patchRow), [1, -1, c.width], "P");
-  const attended = multiHeadAttention(g, patches(turn(q)), patches(turn(k)), patches(v), null, c.heads);
-  return gather(g, reshape(g, attended, [-1, c.width], "P"), rowPatch);
+  const flat = (y: Value, rows: string) => reshape(g, y, [-1, c.width], rows);
+  if (full) return flat(multiHeadAttention(g, turn(q), turn(k), v, null, c.heads), "P");
+  const windows = (y: Value) => reshape(g, gather(g, flat(y, "P"), rowPatch), [-1, size, c.width], "W");
+  const attended = multiHeadAttention(g, windows(turn(q)), windows(turn(k)), windows(v), mask, c.heads);
+  return gather(g, flat(attended, "rows"), patchRow);
 }
 
-/** Qwen2_5_VLPatchMerger, and the return to reading order. */
-function merger(g: Graph, x: Value, cellIndex: Value, c: VisionConfig, w: Weights): Value {
+/** Qwen2_5_VLPatchMerger: merge² patches that stand together become one row. */
+function merger(g: Graph, x: Value, c: VisionConfig, w: Weights): Value {
   const wide = c.width * c.merge ** 2;
   const name = "visual.merger";
   const normed = rmsNorm(g, x, parameter(g, w.get(`${name}.ln_q.weight`, [c.width])), EPSILON);
-  const cells = gather(g, reshape(g, normed, [-1, wide], "all cells"), cellIndex);
+  const cells = reshape(g, normed, [-1, wide], "cells");
   const dense = (y: Value, i: number, out: number) =>
     linear(g, y, [w.get(`${name}.mlp.${i}.weight`, [out, wide])], [w.get(`${name}.mlp.${i}.bias`, [out])]);
   return dense(gelu(g, dense(cells, 0, wide)), 2, c.out);
@@ -83,20 +81,18 @@ export interface VisionLayout {
   size: number;
   /** [windows·size]: the patch in each row; padding repeats patch 0. */
   rowPatch: Int32Array;
-  /** [P]: the row of each patch. */
-  patchRow: Int32Array;
   /** [windows·size]: 0 at padding. */
   real: Uint8Array;
-  /** [windows·size]: patch row and column, for the rotary embedding. */
+  /** [P]: the row of each patch. */
+  patchRow: Int32Array;
+  /** [P]: patch row and column, for the rotary embedding. */
   rows: Int32Array;
   columns: Int32Array;
-  /** [cells]: where each token in reading order stands among the padded cells. */
-  cellIndex: Int32Array;
 }
 
 /**
- * Window order of a still picture of height × width patches (get_window_index and rot_pos_emb of the HF class); patches
- * come in the processor's order, merge × merge blocks in reading order.
+ * Windows of a still picture of height × width patches (get_window_index and rot_pos_emb of the HF class); patches come
+ * in the processor's order, merge × merge blocks in reading order.
  */
 export function visionLayout(height: number, width: number, c: VisionConfig): VisionLayout {
   const { merge, window } = c;
@@ -108,25 +104,23 @@ export function visionLayout(height: number, width: number, c: VisionConfig): Vi
     windows: down * across,
     size: cellsPerWindow * unit,
     rowPatch: new Int32Array(total),
-    patchRow: new Int32Array(height * width),
     real: new Uint8Array(total),
-    rows: new Int32Array(total),
-    columns: new Int32Array(total),
-    cellIndex: new Int32Array(cellRows * cellColumns),
+    patchRow: new Int32Array(height * width),
+    rows: new Int32Array(height * width),
+    columns: new Int32Array(height * width),
   };
   for (let row = 0; row < cellRows; row++)
     for (let column = 0; column < cellColumns; column++) {
       const cell = row * cellColumns + column;
       const at = Math.floor(row / window) * across + Math.floor(column / window);
       const place = at * cellsPerWindow + (row % window) * window + (column % window);
-      layout.cellIndex[cell] = place;
       for (let i = 0; i < unit; i++) {
-        const to = place * unit + i;
-        layout.rowPatch[to] = cell * unit + i;
-        layout.patchRow[cell * unit + i] = to;
+        const [patch, to] = [cell * unit + i, place * unit + i];
+        layout.rowPatch[to] = patch;
         layout.real[to] = 1;
-        layout.rows[to] = row * merge + Math.floor(i / merge);
-        layout.columns[to] = column * merge + (i % merge);
+        layout.patchRow[patch] = to;
+        layout.rows[patch] = row * merge + Math.floor(i / merge);
+        layout.columns[patch] = column * merge + (i % merge);
       }
     }
   return layout;
