@@ -15,6 +15,7 @@ import { encodePicture, ImageStore } from "./engine/images.ts";
 import { type Device, Runtime } from "./engine/runtime.ts";
 import { Target } from "./engine/target.ts";
 import type { Engine, Step } from "./engine.ts";
+import { decodeImage } from "./input/decode.ts";
 import { loadModel, type Model } from "./model/model.ts";
 import { expandPrompt } from "./model/qwen/positions.ts";
 
@@ -30,6 +31,9 @@ export interface EngineOptions {
   /** Threads of a pass on the CPU. */
   threads?: number;
 }
+
+/** A PNG of one pixel: the decoder, too, is slow the first time. */
+const ONE_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mOYEbEJAAMuAaOpKd0RAAAAAElFTkSuQmCC";
 
 export class LocalEngine implements Engine {
   readonly info: ModelInfo;
@@ -72,7 +76,9 @@ export class LocalEngine implements Engine {
    * graphs, and forgets them. Takes about 0.1 s on a small model.
    */
   async warmUp(): Promise<void> {
-    const picture = { width: 112, height: 112, rgb: new Uint8Array(112 * 112 * 3) };
+    await decodeImage(Buffer.from(ONE_PIXEL, "base64"));
+    const picture = { width: 301, height: 263, rgb: new Uint8Array(301 * 263 * 3) };
+    encodePicture(this.runtime, this.model, picture);
     const { grid, rows } = encodePicture(this.runtime, this.model, picture);
     const expanded = expandPrompt([0, this.model.config.imageToken, 0], [grid], this.model.config.imageToken);
     const sampler = new Sampler({ temperature: 0, topK: 0, topP: 1, minP: 0, seed: 0 });

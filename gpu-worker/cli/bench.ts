@@ -156,7 +156,7 @@ function print(rows: Row[], edge: Record<string, Awaited<ReturnType<typeof throu
 /** Plain, adaptive and the paper's tree take turns in every round, so that what else the machine does hits all alike. */
 export async function benchCommand(args: string[], signal: AbortSignal): Promise<void> {
   const flags = parseFlags(args, ["rounds"], [], ["json"]);
-  const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? 6;
+  const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? 8;
   const options = engineOptions(flags);
   const contenders = [
     new Contender("plain", { ...options, drafter: "none" }),

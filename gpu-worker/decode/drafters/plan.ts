@@ -60,9 +60,11 @@ export function fixedPlan({ totalToken, depth, topK }: TreeShape): Plan {
 const MAX_DEPTH = 8;
 const TOP_K = 6;
 const WIDTHS = [1, 2, 4];
+/** Log-probability of paths that are not looked at: 2 %. */
+const UNLIKELY = Math.log(0.02);
 /** Sizes of trees that are verified, root included: few, since a shape's first pass is slower. */
 const SIZES = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32];
-/** Cycles after which the balance is looked at, and again each time. */
+/** Cycles of a sequence after which the balance is looked at, and again each time. */
 const TRIAL = 24;
 
 /**
@@ -81,8 +83,7 @@ export class AdaptivePlan implements Plan {
   #draft = 0;
   #verify = 0;
   #promised = 0;
-  /** Sums over a trial. */
-  #trial = { cycles: 0, tokens: 0, milliseconds: 0 };
+  #cycles = 0;
 
   constructor(costs: Costs, experience: Experience) {
     this.#costs = costs;
@@ -96,10 +97,11 @@ export class AdaptivePlan implements Plan {
 
   width(level: number, beams: number[], seen: number[]): number {
     if (level >= MAX_DEPTH) return 0;
-    const { experience, now } = { experience: this.#experience, now: this.#probabilities(seen) };
+    const experience = this.#experience;
+    const now = this.#probabilities(seen);
     let [width, most] = [0, this.#best(now).value];
     for (const w of WIDTHS) {
-      if (w > beams.length) break;
+      if (w > beams.length || (w > 1 && beams[w - 1] < UNLIKELY)) break;
       const children = this.#probabilities(beams.slice(0, w)).flatMap((p) => [
         p * experience.first,
         p * experience.second,
@@ -116,8 +118,14 @@ export class AdaptivePlan implements Plan {
     this.#experience.saw(first, second);
   }
 
+  /** Those of the likely paths only: the others are never worth a node. */
   #probabilities(scores: number[]): number[] {
-    return scores.map((score) => this.#experience.probability(score));
+    const likely: number[] = [];
+    for (const score of scores) {
+      const p = score < UNLIKELY ? 0 : this.#experience.probability(score);
+      if (p > 0) likely.push(p);
+    }
+    return likely;
   }
 
   /** The number of nodes, best first, whose tokens exceed most what decoding yields in the time of their verification. */
@@ -145,13 +153,8 @@ export class AdaptivePlan implements Plan {
 
   learn({ accepted, draftMs, restMs }: Outcome): void {
     this.#experience.learn(accepted, this.#promised, draftMs / this.#draft, restMs / this.#verify, draftMs + restMs);
-    const trial = this.#trial;
-    trial.tokens += accepted + 1;
-    trial.milliseconds += draftMs + restMs;
-    if (++trial.cycles < TRIAL) return;
-    const plain = this.#costs.verify(1) * this.#experience.verifyScale;
-    this.loses = trial.milliseconds / trial.tokens > plain;
-    this.#trial = { cycles: 0, tokens: 0, milliseconds: 0 };
+    if (++this.#cycles % TRIAL !== 0 || !this.#experience.seasoned) return;
+    this.loses = this.#experience.rate * this.#experience.verifyScale * this.#costs.verify(1) < 1;
   }
 }
 
@@ -175,6 +178,11 @@ export class Experience {
   #promised = 1;
   #time = 0;
   #cycles = 10;
+
+  /** Whether enough was seen to give drafting up: not in a process that has just started. */
+  get seasoned(): boolean {
+    return this.#cycles > MEMORY;
+  }
 
   /** How likely a path of that score is accepted: the draft's own probability, by as much as it was right so far. */
   probability(score: number): number {
