@@ -75,8 +75,8 @@ export class DraftSequence implements Disposable {
     };
   }
 
-  /** Starts a sequence: the prompt's rows and the root's; `first` is the text's first token. */
-  prefill(first: number): Candidates {
+  /** Starts a sequence: the prompt's rows and the root's, `chunk` a pass; `first` is the text's first token. */
+  prefill(first: number, chunk = CHUNK): Candidates {
     const { tokens, images } = this.#context.prompt.expanded;
     const { hidden: width, queries } = this.#model.draft!.config;
     const next = [...tokens.slice(1), first];
@@ -96,13 +96,12 @@ export class DraftSequence implements Disposable {
     }
     for (; at < next.length; at++) rows.push({ at, id: next[at], bias });
     this.#bias.f32.set(bias);
-    for (let from = 0; from < rows.length; from += CHUNK)
-      this.#prefillChunk(rows.slice(from, from + CHUNK), from + CHUNK >= rows.length);
+    for (let from = 0; from < rows.length; from += chunk) this.#prefillChunk(rows.slice(from, from + chunk));
     this.position = next.length;
     return this.#values.candidates;
   }
 
-  #prefillChunk(rows: PromptRow[], last: boolean): void {
+  #prefillChunk(rows: PromptRow[]): void {
     const n = rows.length;
     const { hidden: width } = this.#model.draft!.config;
     const runtime = this.#runtime;
@@ -129,7 +128,7 @@ export class DraftSequence implements Disposable {
     binding.input("hidden_rows", hiddenRows, [n]).input("positions", positions, [1, n]);
     binding.input("keep", keep, [n, 1]).input("row_bias", rowBias, [n, width]);
     binding.output("out", this.#out[0], [n, width]);
-    this.#bindCandidates(binding, last ? 1 : 0, this.#tensors.last);
+    this.#bindCandidates(binding, 1, this.#tensors.last);
     binding.run();
     this.cache.length += n;
     this.lastRow = n - 1;

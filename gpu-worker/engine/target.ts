@@ -40,15 +40,17 @@ export class Target implements Disposable {
     return this.#model.config.language.vocabulary;
   }
 
-  /** Runs the prompt; `maxTree` is the largest tree that will be scored, `room` the most tokens that will be added. */
-  prefill(prompt: Prompt, room: number, maxTree: number): Context {
+  /**
+   * Runs the prompt, `chunk` tokens a pass; `room` is the most tokens that will be added, `maxTree` the largest tree that
+   * will be scored.
+   */
+  prefill(prompt: Prompt, room: number, maxTree: number, chunk = PREFILL_CHUNK): Context {
     const { expanded } = prompt;
     const length = expanded.tokens.length;
     const context = this.#take(length + room + maxTree, maxTree);
     context.begin(prompt);
     this.#fillRope(context.cache, expanded);
-    for (let from = 0; from < length; from += PREFILL_CHUNK)
-      this.#prefillChunk(context, from, Math.min(length, from + PREFILL_CHUNK));
+    for (let from = 0; from < length; from += chunk) this.#prefillChunk(context, from, Math.min(length, from + chunk));
     return context;
   }
 
@@ -75,7 +77,6 @@ export class Target implements Disposable {
     const { prompt, cache, hidden } = context;
     const { hidden: width, vocabulary } = this.#model.config.language;
     const n = to - from;
-    const last = to === prompt.expanded.tokens.length;
     const runtime = this.#runtime;
     using ids = runtime.tensor("i64", n);
     using positions = runtime.tensor("i64", n);
@@ -91,17 +92,14 @@ export class Target implements Disposable {
       idValues[i] = BigInt(prompt.expanded.tokens[from + i]);
       positionValues[i] = BigInt(from + i);
     }
-    logitRows.i64[0] = BigInt(n - 1);
+    logitRows.i64[0] = BigInt(n - 1); // of every chunk, though the last alone is wanted: a product with no rows crashes
     using binding = this.#model.language.binding();
     cache.bind(binding, n, bias);
-    binding
-      .input("ids", ids, [n])
-      .input("positions", positions, [1, n])
-      .input("logit_rows", logitRows, [last ? 1 : 0]);
+    binding.input("ids", ids, [n]).input("positions", positions, [1, n]).input("logit_rows", logitRows, [1]);
     binding.input("image_rows", imageRows, [images.index.length, width]);
     binding.input("image_index", imageIndex, [images.index.length, 1]);
     binding.output("hidden", hidden, [n, width], from * width);
-    binding.output("logits", context.logits, [last ? 1 : 0, vocabulary]);
+    binding.output("logits", context.logits, [1, vocabulary]);
     binding.run();
     cache.length += n;
   }
