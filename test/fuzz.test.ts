@@ -1,0 +1,44 @@
+/** Random conversations, short and long, with and without pictures: every drafter must give what plain decoding gives. */
+import { afterAll, beforeAll, expect, test } from "vitest";
+import type { LocalEngine } from "../gpu-worker/engine-local.ts";
+import { collect, openEngine, prepare } from "./support/goldens.ts";
+
+const PICTURES = ["00-describe-0", "03-describe-0", "05-count-0", "13-turns2-0", "23-odd-0", "01-describe-0"];
+
+let engines: LocalEngine[];
+beforeAll(() => {
+  const shape = { totalToken: 16, depth: 4, topK: 4 };
+  engines = [openEngine({ drafter: "none" }), openEngine({ shape }), openEngine()];
+});
+afterAll(() => Promise.all(engines.map((engine) => engine.close())));
+
+/** Whole numbers below n, the same in every run (a linear congruential generator). */
+function generator(seed: number): (n: number) => number {
+  return (n) => {
+    seed = (seed * 1103515245 + 12345) % 2 ** 31;
+    return seed % n;
+  };
+}
+
+function conversation(random: (n: number) => number, long: boolean) {
+  const content: object[] = [];
+  for (let i = random(7); i > 0; i--) {
+    content.push({ type: "image_url", image_url: { url: `images/${PICTURES[random(PICTURES.length)]}.png` } });
+    if (random(2)) content.push({ type: "text", text: "and " });
+  }
+  content.push({ type: "text", text: "Describe the picture. ".repeat(1 + random(long ? 500 : 20)) });
+  return { id: "random", messages: [{ role: "user", content }] } as never;
+}
+
+test.each(Array.from({ length: 16 }, (_, i) => i))("conversation %i is the same with every drafter", async (i) => {
+  const asked = conversation(generator(i), i % 3 === 0);
+  const sampling = { temperature: i % 2, topP: 1, topK: 0, minP: 0, seed: i };
+  const answers: number[][] = [];
+  for (const engine of engines) {
+    const { request } = await prepare(engine, asked, { sampling, maxTokens: i % 5 === 4 ? null : 60 });
+    const steps = await collect(engine.generate(request, AbortSignal.timeout(60_000)));
+    answers.push(steps.flatMap(({ tokens }) => tokens));
+  }
+  expect(answers[1]).toEqual(answers[0]);
+  expect(answers[2]).toEqual(answers[0]);
+});
