@@ -28,7 +28,9 @@ app.use(async (c, next) => {
 
 app.post("/v1/chat/completions", async (c) => {
   const chat = parseChatRequest(await readText(c.req.raw));
-  return passThrough(await complete(upstreamsOf(c), chat, c.get("requestId")));
+  // Until there are keys, whoever shares an address shares a lane of the queue. Cloudflare sets the header.
+  const tenant = c.req.header("cf-connecting-ip") ?? "";
+  return passThrough(await complete(upstreamsOf(c), chat, c.get("requestId"), tenant));
 });
 
 app.get("/v1/models", async (c) => passThrough(await upstreamsOf(c).get("/v1/models")));
@@ -62,10 +64,10 @@ async function readText(request: Request): Promise<string> {
   throw new ApiError(413, `The body is larger than ${BODY_LIMIT / 2 ** 20} MiB.`, { code: "body_too_large" });
 }
 
-async function complete(workers: Upstreams, chat: ChatRequest, id: string): Promise<Response> {
+async function complete(workers: Upstreams, chat: ChatRequest, id: string, tenant: string): Promise<Response> {
   for (let attempt = 0; ; attempt++) {
     const model = await workers.model();
-    const response = await workers.generate(await prepareChat(chat, model, id), id);
+    const response = await workers.generate(await prepareChat(chat, model, id), id, tenant);
     // 412: the workers hold another model by now.
     if (response.status !== 412 || attempt > 0) return response;
     await response.body?.cancel();

@@ -43,11 +43,12 @@ export class Upstreams {
 
   /**
    * Sends a request to the worker that is likeliest to hold its first image, and the images that it lacks. Resolves with
-   * the worker's response, whatever its status; its body is still to be read. Throws ApiError.
+   * the worker's response, whatever its status; its body is still to be read. `tenant` names whose turn it takes in the
+   * worker's queue. Throws ApiError.
    */
-  generate(prepared: PreparedChat, requestId: string): Promise<Response> {
+  generate(prepared: PreparedChat, requestId: string, tenant: string): Promise<Response> {
     const body = JSON.stringify(prepared.request);
-    const headers = { "content-type": "application/json", "x-request-id": requestId };
+    const headers = { "content-type": "application/json", "x-request-id": requestId, "x-tenant": tenant };
     return this.#first(rank(this.#urls, prepared.request.images[0] ?? requestId), async (url) => {
       // A worker may drop an image between the two calls, when others need the room; more than that is a fault.
       for (let attempt = 0; attempt < 3; attempt++) {

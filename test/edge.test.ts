@@ -1,7 +1,8 @@
 /** The edge in workerd before a GPU worker's server with a scripted engine: statuses, images, streams, disconnects. */
 import { createHash } from "node:crypto";
 import { once } from "node:events";
-import { connect, type Socket } from "node:net";
+import { createServer } from "node:http";
+import { type AddressInfo, connect, type Socket } from "node:net";
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
 import { type RunningServer, startServer } from "../gpu-worker/server.ts";
 import { type RunningEdge, startEdge } from "../gpu-worker/start.ts";
@@ -293,6 +294,28 @@ describe("the edge alone", () => {
     expect(Math.min(...sent)).toBeGreaterThan(0);
     await both.close();
     await Promise.all(servers.map((one) => one.close()));
+  });
+
+  test("tells the worker whose turn a request takes", async () => {
+    const tenants: unknown[] = [];
+    const upstream = createServer((request, response) => {
+      if (request.method === "POST") tenants.push(request.headers["x-tenant"]);
+      response.end(request.method === "POST" ? "{}" : JSON.stringify(engine.info));
+    });
+    await once(upstream.listen(0, "127.0.0.1"), "listening");
+    const { port } = upstream.address() as AddressInfo;
+    const other = await startEdge({ port: 0, upstream: `http://127.0.0.1:${port}` });
+    for (const address of ["192.0.2.1", "192.0.2.2"]) {
+      const headers = { "cf-connecting-ip": address };
+      await fetch(`${other.url}/v1/chat/completions`, {
+        method: "POST",
+        headers,
+        body: JSON.stringify({ messages: hi }),
+      });
+    }
+    expect(tenants).toEqual(["192.0.2.1", "192.0.2.2"]);
+    await other.close();
+    upstream.close();
   });
 
   test("names a port that is in use, and is gone when closed, streams and all", async () => {
