@@ -41,7 +41,7 @@ export interface Constant {
 export interface GraphOptions {
   /** What activations are computed in. */
   dtype: DType;
-  /** Whether the attention kernel does the rotary embedding too: the CPU's does, CUDA's ignores the positions. */
+  /** Whether the attention kernel does the rotary embedding too; the CPU's honours the positions of a tree. */
   fusedRotary: boolean;
   /** Whether products with weights go through 8-bit integers: for drafts, which need not be exact. */
   int8: boolean;

@@ -15,7 +15,7 @@ export interface CacheInputs {
   positions: Value;
   /** [1,1,T,M]: added to the scores; -inf hides a row. */
   bias: Value;
-  /** Whether the attention kernel turns query and key itself. CUDA's ignores `positions`, so there it is done before. */
+  /** Whether the attention kernel turns query and key itself (see GraphOptions). */
   fusedRotary: boolean;
 }
 
