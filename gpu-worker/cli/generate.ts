@@ -137,9 +137,14 @@ function report(flags: Flags, text: string, tokens: number[], finish: Finish, vi
     return;
   }
   const result = {
-    ...{ text, tokens, finishReason: finish.reason },
+    text,
+    tokens,
+    finishReason: finish.reason,
     usage: { promptTokens, imageTokens, completionTokens },
-    ...{ cycles, acceptedPerCycle, meanAccepted, tokensPerCycle: meanAccepted + 1 },
+    cycles,
+    acceptedPerCycle,
+    meanAccepted,
+    tokensPerCycle: meanAccepted + 1,
     timings: rounded({ vision, ...timings, tokensPerSecond }),
   };
   process.stdout.write(`${JSON.stringify(result)}\n`);

@@ -49,8 +49,12 @@ export async function* decode(
   using context = target.prefill(prompt, maxTokens, drafter.maxTree);
   const first = sampler.next(context.firstLogits);
   yield {
-    ...{ tokens: [first], accepted: 0, drafted: 0, logits: () => context.firstLogits },
-    ...{ draftMs: 0, verifyMs: performance.now() - begun },
+    tokens: [first],
+    accepted: 0,
+    drafted: 0,
+    logits: () => context.firstLogits,
+    draftMs: 0,
+    verifyMs: performance.now() - begun,
   };
   if (last(first, 0)) return;
   given = 1;

@@ -18,10 +18,14 @@ class Tally {
   readonly #begun = performance.now();
 
   constructor(promptTokens: number, imageTokens: number) {
-    const timings = { prefill: 0, draft: 0, verify: 0, total: 0 };
     this.finish = {
-      ...{ promptTokens, imageTokens, completionTokens: 0 },
-      ...{ cycles: 0, acceptedPerCycle: [], drafted: 0, timings },
+      promptTokens,
+      imageTokens,
+      completionTokens: 0,
+      cycles: 0,
+      acceptedPerCycle: [],
+      drafted: 0,
+      timings: { prefill: 0, draft: 0, verify: 0, total: 0 },
     };
   }
 
@@ -73,13 +77,15 @@ export async function* generate(
 ): AsyncGenerator<Step> {
   const { model, target, tokenizer, drafter } = engine;
   const { imageToken, contextLength, eosTokens } = model.config;
-  const expanded = expandPrompt(request.tokens, images.map((i) => i.grid), imageToken); // biome-ignore format: one call
+  const grids = images.map(({ grid }) => grid);
+  const expanded = expandPrompt(request.tokens, grids, imageToken);
   checkTokens(request.tokens, model.config.language.vocabulary);
   const maxTokens = roomFor(expanded.tokens.length, request.maxTokens, contextLength);
   const stopTokens = new Set([...eosTokens, ...request.stopTokenIds]);
   const detokenizer = new Detokenizer(tokenizer);
   const stops = new StopStrings(request.stop);
-  const tally = new Tally(expanded.tokens.length, expanded.images.reduce((a, i) => a + i.count, 0)); // biome-ignore format: one call
+  const imageTokens = expanded.images.reduce((sum, { count }) => sum + count, 0);
+  const tally = new Tally(expanded.tokens.length, imageTokens);
   const options = { sampler: new Sampler(request.sampling), maxTokens, stopTokens, signal };
   const prompt = { expanded, imageRows: images.map((i) => i.rows) };
 

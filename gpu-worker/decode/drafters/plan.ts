@@ -48,7 +48,10 @@ export interface Plan {
 /** The same tree in every cycle, as the paper has it. */
 export function fixedPlan({ totalToken, depth, topK }: TreeShape): Plan {
   return {
-    ...{ topK, maxTree: totalToken, maxDepth: depth, loses: false },
+    topK,
+    maxTree: totalToken,
+    maxDepth: depth,
+    loses: false,
     begin() {},
     width: (level, beams) => (level < depth ? Math.min(topK, beams.length) : 0),
     saw() {},

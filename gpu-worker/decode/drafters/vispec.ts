@@ -66,7 +66,8 @@ export class VispecDrafting implements Drafting {
     let fed: number[] = [];
     for (let level = 0; ; level++) {
       let beams = best(seen.scores, before, topK);
-      const width = this.#plan.width(level, beams.map((i) => seen.scores[i]), seen.scores); // biome-ignore format: one call
+      const scores = beams.map((i) => seen.scores[i]);
+      const width = this.#plan.width(level, scores, seen.scores);
       if (width === 0) return;
       beams = beams.slice(0, width);
       const rows = beams.map((i) => (level === 0 ? this.sequence.lastRow : fed.indexOf(seen.parents[i])));
