@@ -6,7 +6,7 @@ import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
 import { Tokenizer } from "../shared/tokenizer.ts";
 import { decode } from "./decode/decode.ts";
 import { type Drafter, noDrafter } from "./decode/drafters/drafter.ts";
-import { AdaptivePlan, Experience, fixedPlan, type Plan, type TreeShape } from "./decode/drafters/plan.ts";
+import { AdaptivePlan, type Costs, Experience, fixedPlan, type Plan, type TreeShape } from "./decode/drafters/plan.ts";
 import { vispecDrafter } from "./decode/drafters/vispec.ts";
 import { generate } from "./decode/generate.ts";
 import { Sampler } from "./decode/sample.ts";
@@ -42,6 +42,8 @@ export class LocalEngine implements Engine {
   readonly target: Target;
   readonly drafter: Drafter;
   readonly tokenizer: Tokenizer;
+  /** What passes cost here, where trees are chosen by it. */
+  costs: Costs | undefined;
   readonly #images: ImageStore;
   #experience = new Experience();
 
@@ -68,6 +70,7 @@ export class LocalEngine implements Engine {
   #planner(shape: TreeShape | undefined): () => Plan {
     if (shape) return () => fixedPlan(shape);
     const costs = measureCosts(this.runtime, this.model, this.target);
+    this.costs = costs;
     return () => new AdaptivePlan(costs, this.#experience);
   }
 

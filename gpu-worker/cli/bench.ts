@@ -4,6 +4,7 @@ import { cpus } from "node:os";
 import { join } from "node:path";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import type { GenerateRequest } from "../../shared/protocol.ts";
+import type { Costs } from "../decode/drafters/plan.ts";
 import type { Finish } from "../engine.ts";
 import { type EngineOptions, LocalEngine } from "../engine-local.ts";
 import { startEngine } from "../engine-process.ts";
@@ -129,7 +130,17 @@ async function stream(base: string, url: string, signal: AbortSignal): Promise<{
   return { first, speed: ((tokens - 1) / (performance.now() - begun - first)) * 1000 };
 }
 
-function print(rows: Row[], edge: Record<string, Awaited<ReturnType<typeof throughEdge>>>): void {
+/** Milliseconds of passes over 1, 2, … nodes or rows, as measured when the engine started. */
+function costTable({ verify, draft }: Costs) {
+  const sizes = [1, 2, 4, 6, 8, 16, 32];
+  return { sizes, verifyMs: sizes.map(verify), draftMs: sizes.slice(0, 4).map(draft) };
+}
+
+function print(
+  rows: Row[],
+  costs: ReturnType<typeof costTable>,
+  edge: Record<string, Awaited<ReturnType<typeof throughEdge>>>,
+): void {
   const percent = (x: number) => `${(100 * x).toFixed(0)} %`;
   const { length, 0: cpu } = cpus();
   console.log(`${cpu.model}, ${length} cores, float32, ${process.platform} ${process.arch}; medians of one run\n`);
@@ -144,6 +155,10 @@ function print(rows: Row[], edge: Record<string, Awaited<ReturnType<typeof throu
     const drafts = [row.meanAccepted.toFixed(2), row.draftedPerCycle.toFixed(1)];
     console.log(`| ${[row.decoding, ...numbers, ...drafts, ...shares].join(" | ")} |`);
   }
+  const figures = (values: number[]) => values.map((value) => value.toFixed(2));
+  console.log(`\n| ms a pass over | ${costs.sizes.join(" | ")} |\n|---${"|---".repeat(costs.sizes.length)}|`);
+  console.log(`| verify (nodes) | ${figures(costs.verifyMs).join(" | ")} |`);
+  console.log(`| draft (rows) | ${figures(costs.draftMs).join(" | ")} | | | |`);
   console.log(
     "\n| through the edge | ready after s | first token of a new picture ms | stream tokens/s |\n|---|---|---|---|",
   );
@@ -170,11 +185,12 @@ export async function benchCommand(args: string[], signal: AbortSignal): Promise
     for (const contender of contenders) await contender.round(signal);
   }
   const rows = contenders.map((contender) => contender.result);
+  const costs = costTable(contenders[1].engine.costs!);
   for (const { engine } of contenders) await engine.close();
   const edge = {
     plain: await throughEdge({ ...options, drafter: "none" }, rounds, signal),
     ViSpec: await throughEdge({ ...options, drafter: "vispec", shape: undefined }, rounds, signal),
   };
-  if (flags.json) console.log(JSON.stringify({ rows, edge }));
-  else print(rows, edge);
+  if (flags.json) console.log(JSON.stringify({ rows, costs, edge }));
+  else print(rows, costs, edge);
 }
