@@ -22,7 +22,8 @@ function parseJson(body: string): unknown {
   try {
     return JSON.parse(body);
   } catch (cause) {
-    const at = errorPosition(body);
+    const at = errorPosition(body, cause as Error);
+    if (at === undefined) throw new ApiError(400, "The body is not valid JSON.", { code: "invalid_json", cause });
     const line = body.slice(0, at).split("\n").length;
     const column = at - body.lastIndexOf("\n", at - 1);
     const what =
@@ -36,8 +37,14 @@ function parseJson(body: string): unknown {
   }
 }
 
-/** Where JSON stops to be JSON. The engine's message does not always say, so the first prefix that fails is searched. */
-function errorPosition(body: string): number {
+/** Bodies longer than this (characters) are not searched for what is wrong with them: that parses them again and again. */
+const SEARCHED = 1 << 20;
+
+/** Where JSON stops to be JSON. The engine's message does not always say; then the first prefix that fails is searched. */
+function errorPosition(body: string, error: Error): number | undefined {
+  const told = /at position (\d+)/.exec(error.message);
+  if (told) return Number(told[1]);
+  if (body.length > SEARCHED) return undefined;
   let low = 0;
   let high = body.length;
   while (low < high) {

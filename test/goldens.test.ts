@@ -5,6 +5,8 @@ import { type VispecDrafting, vispecDrafter } from "../gpu-worker/decode/drafter
 import { argmax } from "../gpu-worker/decode/sample.ts";
 import { writeTreeMask } from "../gpu-worker/engine/mask.ts";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
+import { encodeOnnx } from "../gpu-worker/graph/onnx.ts";
+import { moveGraph } from "../gpu-worker/model/language.ts";
 import { expandPrompt } from "../gpu-worker/model/qwen/positions.ts";
 import {
   type Case,
@@ -119,6 +121,26 @@ describe("greedy answers", () => {
       }
     },
   );
+
+  test("the graph that moves cache rows on devices does what the host's own copy does", async () => {
+    const moved = openEngine({ shape: { totalToken: 16, depth: 4, topK: 4 } });
+    try {
+      const { language } = moved.model.config;
+      const graph = moveGraph(language, { dtype: "f32", fusedRotary: true, int8: false });
+      moved.model.mover = moved.runtime.session(encodeOnnx(graph));
+      moved.target[Symbol.dispose](); // sequences made before know no mover
+      for (const golden of cases.slice(0, 6)) {
+        const { request } = await prepare(moved, golden);
+        const steps = await collect(moved.generate(request, AbortSignal.timeout(60_000)));
+        expect(
+          steps.flatMap((s) => s.tokens),
+          golden.id,
+        ).toEqual(golden.output_ids);
+      }
+    } finally {
+      await moved.close();
+    }
+  });
 
   test("a limit cuts the answer exactly, whatever the tree holds beyond it", async () => {
     const golden = cases[0];

@@ -8,9 +8,6 @@ export interface CacheShape {
   headSize: number;
 }
 
-/** Rows of room are a multiple of this, so that sequences of like length have like shapes. */
-const ROUND = 64;
-
 /**
  * Rows 0 … length-1 hold accepted tokens; a pass writes its rows after them. `capacity` rows of keys and values a layer,
  * [1,kvHeads,capacity,headSize]. `maxTokens` is the most tokens of a pass but for the prefill's. `mover` (moveGraph) is
@@ -37,9 +34,9 @@ export class SequenceCache implements Disposable {
   /** What the last pass opened for its own tokens, to be closed before the next. */
   #block = { from: 0, rows: 0, columns: 0 };
 
-  constructor(runtime: Runtime, shape: CacheShape, rows: number, maxTokens: number, mover?: Session) {
+  constructor(runtime: Runtime, shape: CacheShape, capacity: number, maxTokens: number, mover?: Session) {
     this.shape = shape;
-    this.capacity = Math.ceil(rows / ROUND) * ROUND;
+    this.capacity = capacity;
     this.#runtime = runtime;
     this.#mover = mover;
     this.#maxTokens = maxTokens;

@@ -2,7 +2,7 @@
 import type { Model } from "../model/model.ts";
 import { SequenceCache } from "./cache.ts";
 import type { Context, Fresh } from "./context.ts";
-import type { Binding, Runtime, Tensor } from "./runtime.ts";
+import type { Binding, Runtime, Session, Tensor } from "./runtime.ts";
 
 /** The likeliest next tokens after some rows, k a row: natural log-probabilities, in falling order. */
 export interface Candidates {
@@ -200,25 +200,25 @@ export class DraftSequence implements Disposable {
   /** The adaptor's outputs [num_q,D] for the rows [n,D] of one image. */
   #adapt(rows: Float32Array, count: number): Float32Array {
     const { hidden: width, queries } = this.#model.draft!.config;
-    return this.#small(this.#model.draft!.adaptor.binding(), ["rows", rows, [count, width]], ["out", [queries, width]]);
+    return this.#small(this.#model.draft!.adaptor, ["rows", rows, [count, width]], ["out", [queries, width]]);
   }
 
   #globalBias(global: Float32Array): Float32Array {
     const { hidden: width } = this.#model.draft!.config;
-    return this.#small(this.#model.draft!.bias.binding(), ["global", global, [1, width]], ["bias", [1, width]]);
+    return this.#small(this.#model.draft!.bias, ["global", global, [1, width]], ["bias", [1, width]]);
   }
 
   /** Runs a graph of one input and one output, once. */
   #small(
-    binding: Binding,
+    session: Session,
     [inName, data, inDims]: [string, Float32Array, number[]],
     [outName, outDims]: [string, number[]],
   ): Float32Array {
-    using once = binding;
+    using binding = session.binding();
     using input = this.#runtime.tensor("f32", data.length);
     using output = this.#runtime.tensor("f32", outDims[0] * outDims[1]);
     input.f32.set(data);
-    once.input(inName, input, inDims).output(outName, output, outDims).run();
+    binding.input(inName, input, inDims).output(outName, output, outDims).run();
     return output.f32.slice();
   }
 

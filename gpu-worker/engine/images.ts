@@ -102,7 +102,9 @@ export class ImageStore {
   /** Decodes and encodes an image; ApiError 400 says what is wrong with it. */
   async put(hash: string, bytes: Uint8Array): Promise<void> {
     if (this.has(hash)) return;
-    const image = encodePicture(this.#runtime, this.#model, await decodeImage(bytes));
+    const picture = await decodeImage(bytes);
+    if (this.has(hash)) return; // another request has put it meanwhile
+    const image = encodePicture(this.#runtime, this.#model, picture);
     this.#images.set(hash, image);
     this.#bytes += image.rows.byteLength;
     for (const [old, { rows }] of this.#images) {

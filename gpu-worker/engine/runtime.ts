@@ -10,7 +10,7 @@ import koffi from "koffi";
 import { functions } from "./ort-api.ts";
 
 export type Device = "cpu" | "cuda" | "webgpu";
-export type DType = "f32" | "f16" | "bf16" | "i8" | "i32" | "i64" | "bool";
+export type DType = "f32" | "f16" | "bf16" | "i8" | "i32" | "i64";
 /** Beyond these the passes of small models gain nothing. */
 const MOST_THREADS = 8;
 type Handle = bigint;
@@ -22,7 +22,6 @@ export const DTYPES: Record<DType, { onnx: number; bytes: number }> = {
   i8: { onnx: 3, bytes: 1 },
   i32: { onnx: 6, bytes: 4 },
   i64: { onnx: 7, bytes: 8 },
-  bool: { onnx: 9, bytes: 1 },
   f16: { onnx: 10, bytes: 2 },
   bf16: { onnx: 16, bytes: 2 },
 };
@@ -110,9 +109,9 @@ export class Runtime {
 
   /**
    * A session of an ONNX model whose external data lies under the root folder (locations are absolute paths without
-   * their first slash). `profile` is a file prefix that ONNX Runtime's profile is written to; `threads` overrides the runtime's.
+   * their first slash). `threads` overrides the runtime's.
    */
-  session(model: Uint8Array, options: { profile?: string; threads?: number } = {}): Session {
+  session(model: Uint8Array, options: { threads?: number } = {}): Session {
     const settings = create(api.CreateSessionOptions);
     try {
       check(api.SetIntraOpNumThreads(settings, options.threads ?? this.#threads));
@@ -123,7 +122,6 @@ export class Runtime {
         "session.force_spinning_stop": "1",
       };
       for (const [key, value] of Object.entries(entries)) check(api.AddSessionConfigEntry(settings, key, value));
-      if (options.profile) check(api.EnableProfiling(settings, options.profile));
       this.#appendProvider(settings);
       const session = create(api.CreateSessionFromArray, environment, model, model.length, settings);
       this.#deviceAllocator ??= create(api.CreateAllocator, session, this.#deviceInfo);
@@ -211,7 +209,6 @@ export class Tensor implements Disposable {
 export class Session implements Disposable {
   readonly #handle: Handle;
   readonly #runOptions: Handle;
-
   readonly #unified: boolean;
 
   constructor(handle: Handle, runOptions: Handle, unified: boolean) {
@@ -224,7 +221,6 @@ export class Session implements Disposable {
     return new Binding(this.#handle, this.#runOptions, create(api.CreateIoBinding, this.#handle), this.#unified);
   }
 
-  /** Releases the session. With profiling on, ONNX Runtime writes its profile now. */
   [Symbol.dispose](): void {
     api.ReleaseSession(this.#handle);
   }

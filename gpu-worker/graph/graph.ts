@@ -1,5 +1,5 @@
 /** A computation as plain data: values, nodes, weights. Knows nothing of ONNX's encoding or of what operators mean. */
-import type { DType } from "../engine/runtime.ts";
+import { DTYPES, type DType } from "../engine/runtime.ts";
 
 /** A size, or the name of one that a run decides. */
 export type Dim = number | string;
@@ -98,8 +98,7 @@ export class Graph {
     const value: Value = { name: `c${this.#count++}`, dtype: "f32", shape: [values.length] };
     this.constants.push({ value, bytes: new Uint8Array(Float32Array.from(values).buffer) });
     if (this.dtype === "f32") return value;
-    const to = this.dtype === "f16" ? 10 : 16;
-    return this.node("Cast", [value], [{ dtype: this.dtype, shape: value.shape }], { to })[0];
+    return this.node("Cast", [value], [{ dtype: this.dtype, shape: value.shape }], { to: DTYPES[this.dtype].onnx })[0];
   }
 
   node(

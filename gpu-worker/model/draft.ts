@@ -2,7 +2,7 @@
 import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
-import { Graph, type GraphOptions, type Value } from "../graph/graph.ts";
+import { Graph, type GraphOptions, type StoredTensor, type Value } from "../graph/graph.ts";
 import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
 import { gemm, int8MatMul, matMul } from "../ops/matmul.ts";
 import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts";
@@ -75,12 +75,7 @@ const parts = (w: Weights, d: number) => ({
  * the row is the adaptor's, which then comes in as its bias; row_bias [B,D], B = 1 or T; logit_rows i64 [K]; k i64 [1];
  * the cache inputs. Outputs: out [T,D], not normed; log_probs [K,k] and tokens i64 [K,k], the k likeliest in order.
  */
-export function draftGraph(
-  c: DraftConfig,
-  w: Weights,
-  head: { weights: Weights; name: string },
-  options: GraphOptions,
-): Graph {
+export function draftGraph(c: DraftConfig, w: Weights, head: StoredTensor, options: GraphOptions): Graph {
   const g = new Graph(options);
   const d = c.hidden;
   const ids = g.input("ids", "i64", ["T"]);
@@ -107,7 +102,7 @@ export function draftGraph(
   const attended = cachedAttention(g, x, w, "layers.0.self_attn", 0, cache, c);
   const [mlp, sum] = mlpBlock(g, attended, x, w, "layers.0", c);
   const out = reshape(g, add(g, mlp, sum), [-1, d], "T");
-  const logits = linear(g, gather(g, out, logitRows), [head.weights.get(head.name, [c.vocabulary, d])]);
+  const logits = linear(g, gather(g, out, logitRows), [head]);
   const [logProbs, tokens] = topK(g, logSoftmax(g, logits), k);
   g.output("out", out);
   g.output("log_probs", logProbs);

@@ -1,6 +1,6 @@
 /** The target's decoder as a graph: Qwen2 and Llama layers over a KV cache. Knows no image and no tree. */
 
-import { Graph, type GraphOptions } from "../graph/graph.ts";
+import { Graph, type GraphOptions, type StoredTensor } from "../graph/graph.ts";
 import { addRmsNorm, rmsNorm } from "../ops/norm.ts";
 import { gather, gatherCacheRows, reshape, scatterRows, tensorScatter } from "../ops/shape.ts";
 import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
@@ -20,6 +20,12 @@ export interface LanguageNames {
 }
 
 export const QWEN_NAMES: LanguageNames = { model: "model", head: "lm_head" };
+
+/** The matrix that turns hidden states into logits, [V,D]. */
+export function headWeight(c: LanguageConfig, w: Weights, names = QWEN_NAMES): StoredTensor {
+  const name = c.tiedEmbeddings ? `${names.model}.embed_tokens` : names.head;
+  return w.get(`${name}.weight`, [c.vocabulary, c.hidden]);
+}
 
 /**
  * One pass over T tokens after those in the cache (Qwen2_5_VLTextModel and lm_head).
@@ -47,9 +53,8 @@ export function languageGraph(c: LanguageConfig, w: Weights, options: GraphOptio
     [x, residual] = addRmsNorm(g, mlp, sum, norm(next), c.epsilon);
   }
   const hidden = reshape(g, x, [-1, c.hidden], "T");
-  const head = c.tiedEmbeddings ? table : w.get(`${names.head}.weight`, [c.vocabulary, c.hidden]);
   g.output("hidden", hidden);
-  g.output("logits", linear(g, gather(g, hidden, logitRows), [head]));
+  g.output("logits", linear(g, gather(g, hidden, logitRows), [headWeight(c, w, names)]));
   return g;
 }
 

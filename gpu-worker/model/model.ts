@@ -7,7 +7,7 @@ import type { Runtime, Session } from "../engine/runtime.ts";
 import { encodeOnnx } from "../graph/onnx.ts";
 import { parseConfig } from "./config.ts";
 import { adaptorGraph, type DraftConfig, draftBiasGraph, draftGraph, loadDraft } from "./draft.ts";
-import { languageGraph, moveGraph, QWEN_NAMES } from "./language.ts";
+import { headWeight, languageGraph, moveGraph } from "./language.ts";
 import { loadQwenConfig, type QwenConfig } from "./qwen/config.ts";
 import { ProcessorConfig } from "./qwen/processor.ts";
 import { visionGraph } from "./qwen/vision.ts";
@@ -62,10 +62,7 @@ export function loadModel(runtime: Runtime, folder: string, draftFolder?: string
   const draftParts = draftFolder === undefined ? undefined : loadDraft(resolve(draftFolder), config.language);
   const options = { dtype: "f32" as const, fusedRotary: runtime.device === "cpu", int8: false };
   const session = (graph: Parameters<typeof encodeOnnx>[0]) => runtime.session(encodeOnnx(graph));
-  const head = {
-    weights,
-    name: config.language.tiedEmbeddings ? `${QWEN_NAMES.model}.embed_tokens.weight` : "lm_head.weight",
-  };
+  const head = headWeight(config.language, weights);
   return {
     folder,
     id: basename(folder),

@@ -91,15 +91,18 @@ export class Weights {
   }
 
   shape(name: string): readonly number[] {
+    return this.#find(name).shape;
+  }
+
+  #find(name: string, shape = ""): StoredTensor {
     const tensor = this.#tensors.get(name);
-    if (!tensor) throw new CheckpointError(`${this.folder}: tensor ${name} is missing`);
-    return tensor.shape;
+    if (!tensor) throw new CheckpointError(`${this.folder}: tensor ${name}${shape} is missing`);
+    return tensor;
   }
 
   /** The tensor of that name, which must have that shape. */
   get(name: string, shape: readonly number[]): StoredTensor {
-    const tensor = this.#tensors.get(name);
-    if (!tensor) throw new CheckpointError(`${this.folder}: tensor ${name} [${shape}] is missing`);
+    const tensor = this.#find(name, ` [${shape}]`);
     if (`${tensor.shape}` !== `${shape}`)
       throw new CheckpointError(`${tensor.file}: tensor ${name} is [${tensor.shape}], its config asks for [${shape}]`);
     return tensor;

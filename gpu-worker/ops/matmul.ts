@@ -1,6 +1,6 @@
 /** Products with matrices: names are ONNX's. */
 import type { Dim, Graph, Value } from "../graph/graph.ts";
-import { broadcast } from "./elementwise.ts";
+import { broadcast, cast } from "./elementwise.ts";
 
 /** a [..,m,k] · b [..,k,n]. */
 export function matMul(g: Graph, a: Value, b: Value): Value {
@@ -29,7 +29,7 @@ export function int8MatMul(g: Graph, a: Value, b: Value): Value {
   })[0];
   const scale = one("Div", [largest, g.floats([127])], [n]);
   const rounded = one("Round", [one("Div", [b, scale], [k, n])], [k, n]);
-  const integers = g.node("Cast", [rounded], [{ dtype: "i8", shape: [k, n] }], { to: 3 })[0];
+  const integers = cast(g, rounded, "i8");
   const out = { dtype: a.dtype, shape: [...a.shape.slice(0, -1), n] };
   return g.node("DynamicQuantizeMatMul", [a, integers, scale], [out], {}, "com.microsoft")[0];
 }

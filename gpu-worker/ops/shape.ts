@@ -1,9 +1,9 @@
 /** Operations that move elements without computing: names are ONNX's. */
 import type { Dim, Graph, Value } from "../graph/graph.ts";
 
-/** `shape` may hold one -1 (worked out by the run), which gets the name `rest`, and 0 (the dimension as it was). */
+/** `shape` may hold one -1, worked out by the run, which gets the name `rest`. */
 export function reshape(g: Graph, x: Value, shape: readonly number[], rest: Dim = "rest"): Value {
-  const out = shape.map((d, i) => (d === -1 ? rest : d === 0 ? x.shape[i] : d));
+  const out = shape.map((d) => (d === -1 ? rest : d));
   return g.node("Reshape", [x, g.ints(shape)], [{ dtype: x.dtype, shape: out }])[0];
 }
 
@@ -12,10 +12,9 @@ export function transpose(g: Graph, x: Value, perm: readonly number[]): Value {
 }
 
 export function concat(g: Graph, xs: readonly Value[], axis: number): Value {
-  const at = axis < 0 ? axis + xs[0].shape.length : axis;
-  const sizes = xs.map((x) => x.shape[at]);
+  const sizes = xs.map((x) => x.shape[axis]);
   const total = sizes.every((s) => typeof s === "number") ? sizes.reduce((a, b) => a + b, 0) : sizes.join("+");
-  const shape = xs[0].shape.map((d, i) => (i === at ? total : d));
+  const shape = xs[0].shape.map((d, i) => (i === axis ? total : d));
   return xs.length === 1 ? xs[0] : g.node("Concat", xs, [{ dtype: xs[0].dtype, shape }], { axis })[0];
 }
 
