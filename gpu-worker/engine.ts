@@ -1,5 +1,5 @@
 /** What the HTTP server knows of the engine: the interface that the engine's process and its stand-in share. */
-import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
+import type { GenerateRequest, ModelInfo, PixelLimits } from "../shared/protocol.ts";
 
 export type FinishReason = "stop" | "length";
 
@@ -10,8 +10,9 @@ export interface TokenLogprob {
   top: { token: number; logprob: number }[];
 }
 
-/** What one decoding cycle gave. */
+/** What one decoding cycle of one choice gave. Choices come one after the other. */
 export interface Step {
+  choice: number;
   /** Tokens of this cycle: accepted drafts, then one of the target's own. */
   tokens: number[];
   /** How many of `tokens` were drafts. */
@@ -21,7 +22,7 @@ export interface Step {
   /** How many characters of `text`, its first, came of drafts. */
   draftText: number;
   logprobs?: TokenLogprob[];
-  /** Set on the last step only. */
+  /** Set on a choice's last step only. */
   finish?: Finish;
 }
 
@@ -49,11 +50,16 @@ export interface Timings {
 
 export interface Engine {
   readonly info: ModelInfo;
-  /** Those of the hashes whose image the engine does not hold. */
-  missingImages(hashes: string[]): Promise<string[]>;
-  /** Decodes, checks and keeps an image; throws ApiError 400 for one that cannot be read. */
-  putImage(hash: string, bytes: Uint8Array): Promise<void>;
-  /** One sequence. Throws ApiError for a request that does not fit the model; an abort ends it within one cycle. */
-  generate(request: GenerateRequest, signal: AbortSignal): AsyncIterable<Step>;
+  /** False while the engine's process is being started again. */
+  readonly ready: boolean;
+  /** Those of the images (see imageKey) that the engine does not hold. */
+  missingImages(keys: string[]): Promise<string[]>;
+  /** Decodes, checks, resizes and keeps an image; throws ApiError 400 for one that cannot be read or has too many tokens. */
+  putImage(key: string, bytes: Uint8Array, limits: PixelLimits): Promise<void>;
+  /**
+   * All choices of a request, one after the other; `images` are the keys of its pictures, in order. Throws ApiError for a
+   * request that does not fit the model, and 409 when a picture is not held any more; an abort ends it within one cycle.
+   */
+  generate(request: GenerateRequest, images: string[], signal: AbortSignal): AsyncIterable<Step>;
   close(): Promise<void>;
 }

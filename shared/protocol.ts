@@ -1,13 +1,9 @@
-/** The contract between edge and GPU worker, and the part of OpenAI's chat API that both take. Schemas only. */
+/** The contract between edge and GPU worker. Schemas only; what clients send is in api.ts. */
 import { z } from "zod";
+import { seed } from "./api.ts";
 
-/** A SHA-256 of an image's encoded bytes, in hex: the name under which a GPU worker holds the image. */
+/** A SHA-256 of an image's encoded bytes, in hex. */
 export const ImageHash = z.string().regex(/^[0-9a-f]{64}$/, "must be a SHA-256 in lower-case hex");
-
-const seed = z
-  .int()
-  .min(-(2 ** 53) + 1)
-  .max(2 ** 53 - 1);
 
 /** How the next token is drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 cut nothing. */
 export const Sampling = z.strictObject({
@@ -16,26 +12,60 @@ export const Sampling = z.strictObject({
   topK: z.int().min(0),
   minP: z.number().min(0).max(1),
   seed,
+  /** 1: none. */
+  repetitionPenalty: z.number().gt(0).max(2),
+  /** 0: none. */
+  presencePenalty: z.number().min(-2).max(2),
+  frequencyPenalty: z.number().min(-2).max(2),
+  /** Pairs of a token and what is added to its logit. */
+  logitBias: z.array(z.tuple([z.int().min(0), z.number().min(-100).max(100)])),
 });
 export type Sampling = z.infer<typeof Sampling>;
 
-/** What the edge sends: the tokenized prompt with one placeholder per image, and the images' hashes in order. */
+/** The area in pixels that a picture is resized to. */
+export const PixelLimits = z.strictObject({ minPixels: z.int().min(1), maxPixels: z.int().min(1) });
+export type PixelLimits = z.infer<typeof PixelLimits>;
+
+/** A picture: by the hash of its bytes, or by a URL that the worker fetches. */
+export const ImageRef = z.strictObject({
+  hash: ImageHash.nullable(),
+  url: z.string().max(8192).nullable(),
+  /** Where it stands in the client's request, e.g. "messages[0].content[1]": what errors about it name. */
+  where: z.string(),
+  limits: PixelLimits,
+});
+export type ImageRef = z.infer<typeof ImageRef>;
+
+/** What the edge sends: the tokenized prompt with one placeholder per image, and the images in order. */
 export const GenerateRequest = z.strictObject({
   id: z.string().max(128),
+  /** Whose request it is: part of the images' keys, and the lane in the queue. */
+  tenant: z.string().max(256),
+  kind: z.enum(["chat", "completion"]),
   model: z.string(),
   /** Names the tokenizer and template that made `tokens`; a worker that holds another model answers 412. */
   fingerprint: z.string(),
   tokens: z.array(z.int().min(0)),
-  images: z.array(ImageHash),
+  images: z.array(ImageRef),
   sampling: Sampling,
-  /** null: as many as the context has room for. */
+  /** Choices; the i-th is drawn with seed + i. */
+  n: z.int().min(1).max(16),
+  /** Of each choice; null: as many as the context has room for. */
   maxTokens: z.int().min(1).nullable(),
   stop: z.array(z.string().min(1)).max(16),
   stopTokenIds: z.array(z.int().min(0)).max(64),
+  ignoreEos: z.boolean(),
   /** null: no log-probabilities; n: the chosen token's and those of the n likeliest. */
   logprobs: z.int().min(0).max(20).nullable(),
+  /** JSON that the answer has to be: of any form (schema null), or of a JSON schema (its text). null: anything. */
+  json: z.strictObject({ schema: z.string().nullable(), strict: z.boolean() }).nullable(),
+  /** Decodes without drafts. */
+  plain: z.boolean(),
   stream: z.boolean(),
   includeUsage: z.boolean(),
+  includeDrafts: z.boolean(),
+  /** What the client calls its user: for the log. */
+  user: z.string().nullable(),
 });
 export type GenerateRequest = z.infer<typeof GenerateRequest>;
 
@@ -46,56 +76,30 @@ export interface ModelInfo {
   fingerprint: string;
   /** Prompt and answer together, in tokens. */
   contextLength: number;
+  /** Tokens that have logits. */
+  vocabulary: number;
   /** Text of the placeholder that the chat template writes for an image. */
   imageToken: string;
+  /** A picture's area in pixels, where a request does not say it. */
+  pixels: PixelLimits;
+  /** Whether the worker has a draft model. */
+  drafts: boolean;
   /** tokenizer.json and tokenizer_config.json as they are in the checkpoint. */
   tokenizer: object;
   tokenizerConfig: object;
 }
 
-/** 409 of POST /internal/generate: these images have to be sent (PUT /internal/images/:hash) first. */
+/** 409 of POST /internal/generate: images that have to be sent (PUT, paths as imagePath gives) first, by their index. */
 export interface MissingImages {
-  missing: string[];
+  missing: number[];
 }
 
-const TextPart = z.strictObject({ type: z.literal("text"), text: z.string() });
-const ImagePart = z.strictObject({
-  type: z.literal("image_url"),
-  image_url: z.strictObject({ url: z.string().min(1), detail: z.enum(["auto", "low", "high"]).optional() }),
-});
-const parts = <T extends z.ZodType>(part: T) => z.union([z.string(), z.array(part).min(1)]);
+/** Where the edge puts an image's bytes, for one tenant and one size. */
+export function imagePath(tenant: string, hash: string, { minPixels, maxPixels }: PixelLimits): string {
+  return `/internal/images/${hash}?tenant=${encodeURIComponent(tenant)}&min=${minPixels}&max=${maxPixels}`;
+}
 
-/** One message of OpenAI's chat API. */
-export const ChatMessage = z.discriminatedUnion("role", [
-  z.strictObject({ role: z.literal("system"), content: parts(TextPart), name: z.string().optional() }),
-  z.strictObject({ role: z.literal("developer"), content: parts(TextPart), name: z.string().optional() }),
-  z.strictObject({
-    role: z.literal("user"),
-    content: parts(z.discriminatedUnion("type", [TextPart, ImagePart])),
-    name: z.string().optional(),
-  }),
-  z.strictObject({ role: z.literal("assistant"), content: parts(TextPart), name: z.string().optional() }),
-]);
-export type ChatMessage = z.infer<typeof ChatMessage>;
-
-/** The request body of POST /v1/chat/completions. A parameter that is not here is refused by its name. */
-export const ChatRequest = z.strictObject({
-  model: z.string().optional(),
-  messages: z.array(ChatMessage).min(1),
-  temperature: z.number().min(0).max(2).nullish(),
-  top_p: z.number().gt(0).max(1).nullish(),
-  top_k: z.int().min(0).nullish(),
-  min_p: z.number().min(0).max(1).nullish(),
-  seed: seed.nullish(),
-  max_tokens: z.int().min(1).nullish(),
-  max_completion_tokens: z.int().min(1).nullish(),
-  stop: z.union([z.string().min(1), z.array(z.string().min(1)).max(16)]).nullish(),
-  stop_token_ids: z.array(z.int().min(0)).max(64).nullish(),
-  logprobs: z.boolean().nullish(),
-  top_logprobs: z.int().min(0).max(20).nullish(),
-  stream: z.boolean().nullish(),
-  stream_options: z.strictObject({ include_usage: z.boolean().optional() }).nullish(),
-  n: z.literal(1, "only one choice per request is supported").nullish(),
-  user: z.string().nullish(),
-});
-export type ChatRequest = z.infer<typeof ChatRequest>;
+/** The name under which the engine holds a picture: nobody can hit another tenant's. */
+export function imageKey(tenant: string, hash: string, { minPixels, maxPixels }: PixelLimits): string {
+  return `${hash}/${minPixels}-${maxPixels}/${tenant}`;
+}

@@ -1,0 +1,158 @@
+/** The public API's request bodies. Schemas only: their descriptions are what docs/api.md and /openapi.json say. */
+import { z } from "zod";
+
+const positive = z.int().min(1);
+
+export const seed = z
+  .int()
+  .min(-(2 ** 53) + 1)
+  .max(2 ** 53 - 1);
+
+/** What both endpoints take. A parameter that is not listed is refused by its name. */
+const common = {
+  model: z.string().optional().describe("The model served; absent, it is that one. Any other name is a 404."),
+  max_tokens: positive.nullish().describe("Most tokens of a choice; absent, as many as the context has room for."),
+  n: positive.max(16).nullish().describe("Choices from one prefill. Choice i is what `seed` + i alone would give."),
+  temperature: z.number().min(0).max(2).nullish().describe("0 takes the likeliest token. Default 1."),
+  top_p: z
+    .number()
+    .gt(0)
+    .max(1)
+    .nullish()
+    .describe("Draws among the fewest likeliest tokens that reach this probability."),
+  top_k: z.int().min(-1).nullish().describe("Draws among the k likeliest tokens; 0 or -1 is no limit."),
+  min_p: z.number().min(0).max(1).nullish().describe("Drops tokens less likely than this times the likeliest."),
+  seed: seed
+    .nullish()
+    .describe("The same seed gives the same text, whatever the drafter. Absent, each request draws its own."),
+  presence_penalty: z
+    .number()
+    .min(-2)
+    .max(2)
+    .nullish()
+    .describe("Taken from the logits of tokens that are in the answer so far."),
+  frequency_penalty: z
+    .number()
+    .min(-2)
+    .max(2)
+    .nullish()
+    .describe("As presence_penalty, times the number of occurrences."),
+  repetition_penalty: z
+    .number()
+    .gt(0)
+    .max(2)
+    .nullish()
+    .describe("Divides the positive logits, multiplies the negative ones, of tokens in prompt or answer (vLLM)."),
+  logit_bias: z
+    .record(z.string().regex(/^\d{1,9}$/, "must be a token id"), z.number().min(-100).max(100))
+    .nullish()
+    .describe("Token ids with what is added to their logits."),
+  stop: z
+    .union([z.string().min(1), z.array(z.string().min(1)).max(16)])
+    .nullish()
+    .describe("Strings before which a choice ends; at most 16."),
+  stop_token_ids: z
+    .array(z.int().min(0))
+    .max(64)
+    .nullish()
+    .describe("Tokens after which a choice ends; at most 64 (vLLM)."),
+  ignore_eos: z.boolean().nullish().describe("Goes on after the end-of-sequence token, up to max_tokens (vLLM)."),
+  stream: z.boolean().nullish().describe("Server-sent events instead of one body."),
+  stream_options: z
+    .strictObject({
+      include_usage: z.boolean().nullish().describe("A last chunk with the usage."),
+      include_drafts: z
+        .boolean()
+        .nullish()
+        .describe(
+          "Own extension: `draft` in every chunk with text says its tokens, how many were accepted drafts, and how many of its first characters those are.",
+        ),
+    })
+    .nullish()
+    .describe("Needs stream."),
+  drafter: z
+    .enum(["vispec", "none"])
+    .nullish()
+    .describe("Own extension: `none` decodes without drafts. The text is the same."),
+  user: z.string().max(256).nullish().describe("Written to the request's log line, for finding abuse."),
+};
+
+const TextPart = z.strictObject({ type: z.literal("text"), text: z.string() });
+const pixels = {
+  min_pixels: positive.nullish().describe("A smaller picture is enlarged to this area."),
+  max_pixels: positive.nullish().describe("A larger picture is shrunk to this area."),
+};
+const ImagePart = z.strictObject({
+  type: z.literal("image_url"),
+  image_url: z.strictObject({
+    url: z.string().min(1).describe("A base64 data: URL of a JPEG, PNG, WebP or GIF (first frame), or an http(s) URL."),
+    detail: z
+      .enum(["auto", "low", "high"])
+      .nullish()
+      .describe("`low` allows at most 512², and at most a quarter of the model's, pixels; the others change nothing."),
+    ...pixels,
+  }),
+  ...pixels,
+});
+const parts = <T extends z.ZodType>(part: T) => z.union([z.string(), z.array(part).min(1)]);
+
+/** One message of OpenAI's chat API. */
+export const ChatMessage = z.discriminatedUnion("role", [
+  z.strictObject({ role: z.literal("system"), content: parts(TextPart) }),
+  z.strictObject({ role: z.literal("developer"), content: parts(TextPart) }),
+  z.strictObject({ role: z.literal("user"), content: parts(z.discriminatedUnion("type", [TextPart, ImagePart])) }),
+  // Clients send an answer's message back as it came, and that has refusal: null.
+  z.strictObject({ role: z.literal("assistant"), content: parts(TextPart), refusal: z.null().optional() }),
+]);
+export type ChatMessage = z.infer<typeof ChatMessage>;
+
+const ResponseFormat = z.discriminatedUnion("type", [
+  z.strictObject({ type: z.literal("text") }),
+  z.strictObject({ type: z.literal("json_object") }),
+  z.strictObject({
+    type: z.literal("json_schema"),
+    json_schema: z.strictObject({
+      name: z.string().regex(/^[\w-]{1,64}$/, "must be 1 to 64 letters, digits, _ or -"),
+      description: z.string().nullish(),
+      strict: z.boolean().nullish(),
+      schema: z.record(z.string(), z.unknown()),
+    }),
+  }),
+]);
+
+/** The request body of POST /v1/chat/completions. */
+export const ChatRequest = z.strictObject({
+  messages: z
+    .array(ChatMessage)
+    .min(1)
+    .describe(
+      "Roles system, developer, user, assistant; content as a string or as parts. Only user messages have pictures.",
+    ),
+  ...common,
+  max_completion_tokens: positive.nullish().describe("As max_tokens, of which it is OpenAI's newer name; not both."),
+  logprobs: z
+    .boolean()
+    .nullish()
+    .describe("Log-probabilities of the chosen tokens, under the model before temperature, penalties and bias."),
+  top_logprobs: z.int().min(0).max(20).nullish().describe("And of so many likeliest tokens. Needs logprobs."),
+  response_format: ResponseFormat.nullish().describe(
+    "`json_object` or `json_schema`: each token is drawn among those that the grammar allows.",
+  ),
+  min_pixels: positive.nullish().describe("For every picture that does not say its own."),
+  max_pixels: positive.nullish().describe("For every picture that does not say its own."),
+  mm_processor_kwargs: z.strictObject(pixels).nullish().describe("The same two under vLLM's name; not both."),
+});
+export type ChatRequest = z.infer<typeof ChatRequest>;
+
+/** The request body of POST /v1/completions: plain text, no template and no pictures. */
+export const CompletionRequest = z.strictObject({
+  prompt: z.union([z.string(), z.array(z.int().min(0)).min(1)]).describe("One text, or one list of token ids."),
+  ...common,
+  logprobs: z
+    .int()
+    .min(0)
+    .max(20)
+    .nullish()
+    .describe("Log-probabilities of the chosen and of so many likeliest tokens."),
+});
+export type CompletionRequest = z.infer<typeof CompletionRequest>;
