@@ -1,34 +1,46 @@
 /**
  * Talks to the GPU workers: which one, its model, its missing images. Knows no OpenAI request and no client. When a
- * client leaves, the runtime cancels every fetch that its request began, so none takes a signal.
+ * client leaves, the runtime cancels every fetch that its request began, so none takes a signal for that.
  */
-import { ChatModel, type PreparedChat } from "../shared/chat.ts";
-import { ApiError } from "../shared/errors.ts";
-import type { MissingImages, ModelInfo } from "../shared/protocol.ts";
+import { type ChatImage, ChatModel, type PreparedChat } from "../shared/chat.ts";
+import { ApiError, misconfigured } from "../shared/errors.ts";
+import { imagePath, type MissingImages, type ModelInfo } from "../shared/protocol.ts";
+import { SIGNATURE_HEADER, Signer } from "../shared/sign.ts";
+
+interface Call {
+  method: "GET" | "POST" | "PUT";
+  /** With its query. */
+  path: string;
+  body?: string | Uint8Array<ArrayBuffer>;
+  headers?: Record<string, string>;
+  signal?: AbortSignal;
+}
+
+/** Milliseconds in which a worker has to say whether it is ready. */
+const READY_TIMEOUT = 5000;
 
 /** The GPU workers, and the model that they hold; one for all requests of an isolate. */
 export class Upstreams {
   readonly #urls: string[];
+  readonly #signer: Signer;
   /**
    * Parsed once per isolate: a full-size tokenizer takes most of a second. The model itself and not a promise of it, for
    * a promise would hang for all when the request that fetches is cancelled.
    */
   #model: ChatModel | null = null;
 
-  /** `urls`: base URLs, separated by commas. */
-  constructor(urls: string) {
-    this.#urls = urls
-      .split(",")
-      .map((url) => url.trim().replace(/\/$/, ""))
-      .filter((url) => url !== "");
+  /** `urls`: without a path. `secret`: what workers believe requests by. */
+  constructor(urls: string[], secret: string) {
+    this.#urls = urls;
+    this.#signer = new Signer(secret);
   }
 
   /** The workers' model. Throws ApiError 503 when none can be reached. */
   async model(): Promise<ChatModel> {
     if (this.#model) return this.#model;
-    const response = await this.get("/internal/model");
-    if (!response.ok) throw new ApiError(503, "The model's description cannot be had.", { code: "upstream_error" });
-    return (this.#model = new ChatModel(await response.json<ModelInfo>()));
+    const info = await (await this.#get("/internal/model")).json<ModelInfo>();
+    // Another request may have been faster.
+    return (this.#model ??= new ChatModel(info));
   }
 
   /** Drops the model (if it is still that one), so that the next request fetches it anew. */
@@ -36,29 +48,87 @@ export class Upstreams {
     if (this.#model === model) this.#model = null;
   }
 
-  /** GET from the first worker that can be reached. Throws ApiError 503 when none can. */
-  get(path: string): Promise<Response> {
-    return this.#first(this.#urls, (url) => fetch(url + path));
+  /** The body of GET /v1/models. Throws ApiError 503 when no worker can be reached. */
+  async models(): Promise<{ data: { id: string }[] }> {
+    return (await this.#get("/v1/models")).json();
+  }
+
+  /** Resolves when a worker is ready. Throws ApiError 503 when none is. */
+  async ready(): Promise<void> {
+    const signal = AbortSignal.timeout(READY_TIMEOUT);
+    const ask = async (url: string) => {
+      const response = await this.#fetch(url, { method: "GET", path: "/ready", signal });
+      await response.body?.cancel();
+      if (!response.ok) throw new Error(`${url} answers ${response.status}`);
+    };
+    try {
+      await Promise.any(this.#urls.map(ask));
+    } catch (cause) {
+      throw new ApiError(503, "No GPU worker is ready.", { code: "not_ready", retryAfter: 1, cause });
+    }
+  }
+
+  async #get(path: string): Promise<Response> {
+    const response = answerOf(await this.#first(this.#urls, (url) => this.#fetch(url, { method: "GET", path })));
+    if (response.ok) return response;
+    throw new ApiError(502, "The model's description cannot be had.", {
+      code: "upstream_error",
+      cause: `${path}: ${response.status}`,
+    });
   }
 
   /**
    * Sends a request to the worker that is likeliest to hold its first image, and the images that it lacks. Resolves with
-   * the worker's response, whatever its status; its body is still to be read. `tenant` names whose turn it takes in the
-   * worker's queue. Throws ApiError.
+   * the worker's response, whatever its status; its body is still to be read. Throws ApiError.
    */
-  generate(prepared: PreparedChat, requestId: string, tenant: string): Promise<Response> {
-    const body = JSON.stringify(prepared.request);
-    const headers = { "content-type": "application/json", "x-request-id": requestId, "x-tenant": tenant };
-    return this.#first(rank(this.#urls, prepared.request.images[0] ?? requestId), async (url) => {
+  generate(prepared: PreparedChat): Promise<Response> {
+    const { request } = prepared;
+    const headers = { "content-type": "application/json", "x-request-id": request.id };
+    const call: Call = { method: "POST", path: "/internal/generate", headers, body: JSON.stringify(request) };
+    const first = request.images.at(0);
+    return this.#first(rank(this.#urls, first?.hash ?? first?.url ?? request.id), async (url) => {
       // A worker may drop an image between the two calls, when others need the room; more than that is a fault.
       for (let attempt = 0; attempt < 3; attempt++) {
-        const response = await fetch(`${url}/internal/generate`, { method: "POST", headers, body });
-        if (response.status !== 409) return response;
-        const { missing } = await response.json<MissingImages>();
-        await Promise.all(missing.map((hash) => putImage(url, hash, prepared)));
+        const response = await this.#fetch(url, call);
+        if (response.status !== 409) return answerOf(response);
+        // None where it was dropped at the last moment; then the next answer names it.
+        const { missing = [] } = await response.json<Partial<MissingImages>>();
+        await this.#putImages(url, missing, prepared);
       }
-      throw new ApiError(503, "The GPU worker cannot keep this request's images.", { code: "upstream_error" });
+      throw new ApiError(502, "The GPU worker cannot keep this request's images.", { code: "upstream_error" });
     });
+  }
+
+  /** Sends images' bytes, those of one that stands twice in the request once. Throws ApiError as the next method. */
+  async #putImages(url: string, missing: number[], { request, images }: PreparedChat): Promise<void> {
+    const puts = new Map<string, ChatImage>();
+    for (const index of missing) {
+      const ref = request.images[index];
+      const image = images.get(ref?.hash ?? "");
+      if (!ref?.hash || !image)
+        throw new ApiError(502, "The GPU worker asked for an unknown image.", { code: "upstream_error" });
+      puts.set(imagePath(request.tenant, ref.hash, ref.limits), image);
+    }
+    await Promise.all([...puts].map(([path, image]) => this.#putImage(url, path, image, request.id)));
+  }
+
+  /** Throws ApiError that names the image's place if the worker refuses it. */
+  async #putImage(url: string, path: string, { bytes, where }: ChatImage, id: string): Promise<void> {
+    const call: Call = { method: "PUT", path, headers: { "x-request-id": id }, body: bytes };
+    const response = answerOf(await this.#fetch(url, call));
+    if (response.ok) return;
+    const { error } = await response.json<{ error: { message: string; code: string | null } }>();
+    const retryAfter = Number(response.headers.get("retry-after")) || undefined;
+    const code = error.code ?? undefined;
+    throw response.status < 500
+      ? new ApiError(response.status, `${where}: ${error.message}`, { code, param: where, retryAfter })
+      : new ApiError(response.status, error.message, { code, retryAfter });
+  }
+
+  async #fetch(url: string, { method, path, body, headers, signal }: Call): Promise<Response> {
+    // Of an image the path names the bytes, and the worker checks that.
+    const signature = await this.#signer.sign(method, path, typeof body === "string" ? body : "");
+    return fetch(url + path, { method, body, headers: { ...headers, [SIGNATURE_HEADER]: signature }, signal });
   }
 
   /** Tries the workers in order until one can be reached. */
@@ -76,17 +146,15 @@ export class Upstreams {
   }
 }
 
-/** Sends an image's bytes. Throws ApiError that names the image's place if the worker refuses it. */
-async function putImage(url: string, hash: string, { images }: PreparedChat): Promise<void> {
-  const image = images.get(hash);
-  if (!image) throw new ApiError(502, "The GPU worker asked for an unknown image.", { code: "upstream_error" });
-  const response = await fetch(`${url}/internal/images/${hash}`, { method: "PUT", body: image.bytes });
-  const body = await response.text();
-  if (response.ok) return;
-  const { error } = JSON.parse(body) as { error: { message: string; code: string | null } };
-  throw new ApiError(response.status, `${image.where}: ${error.message}`, {
-    code: error.code ?? undefined,
-    param: image.where,
+/** A worker's answer that a client may see. Throws ApiError for one that is about the edge, or not a worker's at all. */
+function answerOf(response: Response): Response {
+  const type = response.headers.get("content-type") ?? "";
+  if (response.status === 401)
+    throw misconfigured("a GPU worker refuses the edge's signature: WORKER_SECRET or the clocks differ");
+  if (response.status === 204 || /^(application\/json|text\/event-stream)\b/.test(type)) return response;
+  throw new ApiError(502, "The GPU worker's answer cannot be read.", {
+    code: "upstream_error",
+    cause: `${response.status} ${type}`,
   });
 }
 

@@ -2,13 +2,14 @@
 import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { ApiError, CheckpointError } from "../shared/errors.ts";
-import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
+import type { GenerateRequest, ModelInfo, PixelLimits, Sampling } from "../shared/protocol.ts";
 import { Tokenizer } from "../shared/tokenizer.ts";
 import { decode } from "./decode/decode.ts";
 import { type Drafter, noDrafter } from "./decode/drafters/drafter.ts";
 import { AdaptivePlan, type Costs, Experience, fixedPlan, type Plan, type TreeShape } from "./decode/drafters/plan.ts";
 import { vispecDrafter } from "./decode/drafters/vispec.ts";
 import { generate } from "./decode/generate.ts";
+import { Grammars } from "./decode/grammar.ts";
 import { Sampler } from "./decode/sample.ts";
 import { measureCosts } from "./engine/costs.ts";
 import { encodePicture, ImageStore } from "./engine/images.ts";
@@ -35,13 +36,20 @@ export interface EngineOptions {
 /** A PNG of one pixel: the decoder, too, is slow the first time. */
 const ONE_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mOYEbEJAAMuAaOpKd0RAAAAAElFTkSuQmCC";
 
+const GREEDY: Sampling = {
+  ...{ temperature: 0, topK: 0, topP: 1, minP: 0, seed: 0 },
+  ...{ repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] },
+};
+
 export class LocalEngine implements Engine {
   readonly info: ModelInfo;
+  readonly ready = true;
   readonly runtime: Runtime;
   readonly model: Model;
   readonly target: Target;
   readonly drafter: Drafter;
   readonly tokenizer: Tokenizer;
+  readonly grammars: Grammars;
   /** What passes cost here, where trees are chosen by it. */
   costs: Costs | undefined;
   readonly #images: ImageStore;
@@ -61,10 +69,15 @@ export class LocalEngine implements Engine {
     this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, this.#planner(shape));
     this.tokenizer = new Tokenizer(this.model.tokenizer, this.model.tokenizerConfig);
     this.#images = new ImageStore(this.runtime, this.model);
-    const { id, created, fingerprint, config, tokenizer, tokenizerConfig } = this.model;
+    const { id, created, fingerprint, config, processor, tokenizer, tokenizerConfig } = this.model;
+    const { contextLength, eosTokens } = config;
+    const { vocabulary } = config.language;
+    this.grammars = new Grammars(tokenizer, vocabulary, eosTokens);
     const imageToken = this.tokenizer.decode([config.imageToken]);
-    const { contextLength } = config;
-    this.info = { id, created, fingerprint, contextLength, imageToken, tokenizer, tokenizerConfig };
+    const pixels = { minPixels: processor.minPixels, maxPixels: processor.maxPixels };
+    const drafts = draft !== undefined;
+    const files = { tokenizer, tokenizerConfig };
+    this.info = { id, created, fingerprint, contextLength, vocabulary, imageToken, pixels, drafts, ...files };
   }
 
   #planner(shape: TreeShape | undefined): () => Plan {
@@ -84,33 +97,34 @@ export class LocalEngine implements Engine {
     encodePicture(this.runtime, this.model, picture);
     const { grid, rows } = encodePicture(this.runtime, this.model, picture);
     const expanded = expandPrompt([0, this.model.config.imageToken, 0], [grid], this.model.config.imageToken);
-    const sampler = new Sampler({ temperature: 0, topK: 0, topP: 1, minP: 0, seed: 0 });
-    const options = { sampler, maxTokens: 100, stopTokens: new Set<number>(), signal: new AbortController().signal };
-    const cycles = decode(this.target, this.drafter, { expanded, imageRows: [rows] }, options);
+    const samplers = [new Sampler(GREEDY)];
+    const options = { samplers, maxTokens: 100, stopTokens: new Set<number>(), signal: new AbortController().signal };
+    const choices = decode(this.target, this.drafter, { expanded, imageRows: [rows] }, options);
     const enough = performance.now() + 300;
-    for await (const _cycle of cycles) if (performance.now() > enough) break;
+    for await (const cycles of choices) for await (const _cycle of cycles) if (performance.now() > enough) break;
     this.#experience = new Experience();
   }
 
-  async missingImages(hashes: string[]): Promise<string[]> {
-    return [...new Set(hashes)].filter((hash) => !this.#images.has(hash));
+  async missingImages(keys: string[]): Promise<string[]> {
+    return [...new Set(keys)].filter((key) => !this.#images.has(key));
   }
 
-  putImage(hash: string, bytes: Uint8Array): Promise<void> {
-    return this.#images.put(hash, bytes);
+  putImage(key: string, bytes: Uint8Array, limits: PixelLimits): Promise<void> {
+    return this.#images.put(key, bytes, limits);
   }
 
-  async *generate(request: GenerateRequest, signal: AbortSignal): AsyncGenerator<Step> {
-    const images = request.images.map((hash) => {
-      const image = this.#images.get(hash);
+  async *generate(request: GenerateRequest, images: string[], signal: AbortSignal): AsyncGenerator<Step> {
+    const held = images.map((key, i) => {
+      const image = this.#images.get(key);
       // It was held when the request came, and made room for others while the request waited for its turn.
-      if (!image) throw new ApiError(503, `image ${hash} is not held any more; try again`, { code: "image_missing" });
+      if (!image) throw new ApiError(409, `image ${i} is not held any more; try again`, { code: "image_missing" });
       return image;
     });
-    yield* generate(this, request, images, signal);
+    yield* generate(this, request, held, signal);
   }
 
   async close(): Promise<void> {
+    this.grammars[Symbol.dispose]();
     this.target[Symbol.dispose]();
     const { language, mover, vision, draft } = this.model;
     for (const session of [language, mover, vision, draft?.layer, draft?.bias, draft?.adaptor])

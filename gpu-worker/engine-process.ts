@@ -1,89 +1,200 @@
-/** The engine in a process of its own, so that HTTP never waits for a pass and a crash of native code ends no server. */
+/**
+ * The engine in a process of its own, so that HTTP never waits for a pass and a crash of native code ends no server. A
+ * process that died or hangs is replaced; knows messages, nothing of what the engine does with them.
+ */
 import { type ChildProcess, fork } from "node:child_process";
 import { join } from "node:path";
+import { setTimeout as sleep } from "node:timers/promises";
+import { isDeepStrictEqual } from "node:util";
 import { ApiError, CheckpointError } from "../shared/errors.ts";
-import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
+import type { GenerateRequest, ModelInfo, PixelLimits } from "../shared/protocol.ts";
 import type { Engine, Step } from "./engine.ts";
 import type { EngineOptions } from "./engine-local.ts";
+import { describeError, type Log } from "./log.ts";
+import { untilAborted } from "./until-aborted.ts";
 
-export type ToEngine = { call: number } & (
-  | { generate: GenerateRequest }
-  | { abort: true }
+/** What one call asks of the engine. */
+type Question =
+  | { generate: GenerateRequest; images: string[] }
   | { missing: string[] }
-  | { put: string; bytes: Uint8Array }
-);
+  | { put: string; bytes: Uint8Array; limits: PixelLimits };
+
+export type ToEngine = { ping: true } | ({ call: number } & (Question | { abort: true }));
 
 export type FromEngine =
   | { ready: ModelInfo }
   | { failed: string; checkpoint: boolean }
+  | { pong: true }
   | { call: number; step: Step }
   | { call: number; done: unknown }
   | { call: number; error: { status: number; message: string; code: string | null; param: string | null } };
 
 type Answer = Extract<FromEngine, { call: number }>;
 
+export interface WatchOptions {
+  /** Milliseconds without any message after which the process counts as hanging. A pass may take seconds. */
+  hangTimeout?: number;
+  log?: Log;
+}
+
+/** How often the process is asked for a sign of life in `hangTimeout`. */
+const PINGS = 4;
+/** Milliseconds between two attempts to start the process again: the first wait, which doubles, and the longest. */
+const FIRST_WAIT = 500;
+const LONGEST_WAIT = 30_000;
+
 /** Starts the process and waits until its model is loaded. Rejects with CheckpointError when it can't be. */
-export async function startEngine(options: EngineOptions): Promise<Engine> {
+export async function startEngine(options: EngineOptions, watch: WatchOptions = {}): Promise<EngineProcess> {
+  const child = launch(options);
+  return new EngineProcess(options, watch, child, await loaded(child));
+}
+
+function launch(options: EngineOptions): ChildProcess {
   const child = fork(join(import.meta.dirname, "engine-child.ts"), [JSON.stringify(options)], {
     serialization: "advanced",
   });
-  const info = await new Promise<ModelInfo>((resolve, reject) => {
-    child.once("exit", (code, signal) => reject(new Error(`the engine ended while loading (${signal ?? code})`)));
-    child.once("error", reject);
-    child.once("message", (message: FromEngine) => {
-      if ("ready" in message) return resolve(message.ready);
-      child.kill();
-      const { failed, checkpoint } = message as Extract<FromEngine, { failed: string }>;
-      reject(checkpoint ? new CheckpointError(failed) : new Error(failed));
-    });
-  });
-  child.removeAllListeners("exit");
-  return new EngineProcess(child, info);
+  child.on("error", () => {}); // a send to a dying process fails; "exit" tells those who wait
+  return child;
 }
 
-class EngineProcess implements Engine {
-  readonly info: ModelInfo;
-  readonly #child: ChildProcess;
+/** Waits for the model to be loaded; a process that cannot load it is ended. */
+async function loaded(child: ChildProcess): Promise<ModelInfo> {
+  const { promise, resolve, reject } = Promise.withResolvers<ModelInfo>();
+  const exit = (code: number | null, signal: string | null) =>
+    reject(new Error(`the engine ended while loading (${signal ?? code})`));
+  child.once("exit", exit);
+  child.once("error", reject);
+  child.once("message", (message: FromEngine) => {
+    if ("ready" in message) return resolve(message.ready);
+    child.kill("SIGKILL");
+    const { failed, checkpoint } = message as Extract<FromEngine, { failed: string }>;
+    reject(checkpoint ? new CheckpointError(failed) : new Error(failed));
+  });
+  return promise.finally(() => child.off("exit", exit).off("error", reject));
+}
+
+export class EngineProcess implements Engine {
+  info: ModelInfo;
+  /** How often the process was started again, or is to be. */
+  restarts = 0;
+  readonly #options: EngineOptions;
+  readonly #hangTimeout: number;
+  readonly #log: Log;
+  /** The process that serves, or the last one that was started. */
+  #child: ChildProcess;
+  /** Whom to tell what the process says of a call. */
   readonly #calls = new Map<number, (answer: Answer) => void>();
   #next = 0;
-  #ended: ApiError | undefined;
+  #ready = false;
+  /** Resolves when there is a process that serves, or none any more. */
+  #up: Promise<void> = Promise.resolve();
+  readonly #closing = new AbortController();
 
-  constructor(child: ChildProcess, info: ModelInfo) {
+  constructor(options: EngineOptions, watch: WatchOptions, child: ChildProcess, info: ModelInfo) {
+    this.#options = options;
+    this.#hangTimeout = watch.hangTimeout ?? 60_000;
+    this.#log = watch.log ?? (() => {});
     this.#child = child;
     this.info = info;
-    child.on("message", (answer: Answer) => this.#calls.get(answer.call)?.(answer));
-    child.on("error", () => {}); // a send to a dying engine fails; "exit" tells those who wait
-    child.on("exit", () => {
-      this.#ended = new ApiError(503, "The engine has stopped.", { code: "engine_stopped" });
-      const { status, message, code, param } = this.#ended;
-      for (const [call, receive] of this.#calls) receive({ call, error: { status, message, code, param } });
+    this.#serve(child);
+  }
+
+  get ready(): boolean {
+    return this.#ready;
+  }
+
+  get pid(): number {
+    return this.#child.pid!;
+  }
+
+  #serve(child: ChildProcess): void {
+    let silent = 0;
+    child.on("message", (message: FromEngine) => {
+      silent = 0;
+      if ("call" in message) this.#calls.get(message.call)?.(message);
     });
+    // Unanswered pings are counted, not time: after a pause of this process, the other's answers may still be unread.
+    const pings = setInterval(() => {
+      if (silent++ < PINGS) return this.#send({ ping: true });
+      this.#log("error", "the engine hangs", { pid: child.pid });
+      child.kill("SIGKILL");
+    }, this.#hangTimeout / PINGS);
+    child.once("exit", (code, signal) => {
+      clearInterval(pings);
+      this.#stopped(signal ?? code);
+    });
+    this.#ready = true;
   }
 
-  missingImages(hashes: string[]): Promise<string[]> {
-    return hashes.length === 0 ? Promise.resolve([]) : (this.#call({ missing: hashes }) as Promise<string[]>);
+  #stopped(how: string | number | null): void {
+    this.#ready = false;
+    const closing = this.#closing.signal.aborted;
+    if (!closing) {
+      this.restarts++;
+      this.#log("error", "the engine has stopped", { how, calls: this.#calls.size });
+      this.#up = this.#restart();
+    }
+    const { status, message, code, param } = stopped();
+    for (const [call, receive] of this.#calls) receive({ call, error: { status, message, code, param } });
   }
 
-  async putImage(hash: string, bytes: Uint8Array): Promise<void> {
-    await this.#call({ put: hash, bytes });
+  /** Starts a process until one serves; returns when there is one, or when none is wanted any more. */
+  async #restart(): Promise<void> {
+    const { signal } = this.#closing;
+    for (let wait = FIRST_WAIT; !signal.aborted; wait = Math.min(2 * wait, LONGEST_WAIT)) {
+      const child = launch(this.#options);
+      this.#child = child;
+      try {
+        const info = await loaded(child);
+        if (!isDeepStrictEqual(info, this.info)) this.info = info;
+        this.#log("info", "the engine serves again", { pid: child.pid });
+        return this.#serve(child);
+      } catch (error) {
+        if (!signal.aborted) this.#log("error", "the engine cannot be started", { error: describeError(error), wait });
+      }
+      await sleep(wait, undefined, { signal }).catch(() => {});
+    }
   }
 
-  #call(message: { missing: string[] } | { put: string; bytes: Uint8Array }): Promise<unknown> {
+  /** Those that the engine does not hold: all, if it stops while it is asked. */
+  async missingImages(keys: string[]): Promise<string[]> {
+    if (keys.length === 0) return [];
+    return (await this.#call({ missing: keys }).catch((error) => {
+      if (error.code === "engine_stopped") return keys;
+      throw error;
+    })) as string[];
+  }
+
+  async putImage(key: string, bytes: Uint8Array, limits: PixelLimits): Promise<void> {
+    await this.#call({ put: key, bytes, limits });
+  }
+
+  /** Waits for a process that serves. Throws ApiError 503 when there will be none, and the signal's reason. */
+  async #served(signal: AbortSignal): Promise<void> {
+    while (!this.#ready && !this.#closing.signal.aborted) await untilAborted(this.#up, signal);
+    signal.throwIfAborted();
+    if (!this.#ready) throw stopped();
+  }
+
+  #send(message: ToEngine): void {
+    this.#child.send(message, (_error) => {});
+  }
+
+  async #call(question: Question): Promise<unknown> {
+    await this.#served(this.#closing.signal).catch(() => Promise.reject(stopped()));
     const call = this.#next++;
     return new Promise((resolve, reject) => {
-      if (this.#ended) return reject(this.#ended);
       this.#calls.set(call, (answer) => {
         this.#calls.delete(call);
         if ("error" in answer) reject(fromError(answer.error));
         else if ("done" in answer) resolve(answer.done);
       });
-      this.#child.send({ call, ...message });
+      this.#send({ call, ...question });
     });
   }
 
-  async *generate(request: GenerateRequest, signal: AbortSignal): AsyncGenerator<Step> {
-    if (this.#ended) throw this.#ended;
-    signal.throwIfAborted();
+  async *generate(request: GenerateRequest, images: string[], signal: AbortSignal): AsyncGenerator<Step> {
+    await this.#served(signal);
     const call = this.#next++;
     const answers: Answer[] = [];
     let wake = () => {};
@@ -92,11 +203,11 @@ class EngineProcess implements Engine {
       wake();
     });
     const abort = () => {
-      if (this.#child.connected) this.#child.send({ call, abort: true });
+      this.#send({ call, abort: true });
       wake();
     };
     signal.addEventListener("abort", abort, { once: true });
-    this.#child.send({ call, generate: request });
+    this.#send({ call, generate: request, images });
     let over = false;
     try {
       for (;;) {
@@ -116,13 +227,21 @@ class EngineProcess implements Engine {
     }
   }
 
-  close(): Promise<void> {
-    if (this.#child.exitCode !== null || this.#child.signalCode !== null) return Promise.resolve();
-    return new Promise((resolve) => {
-      this.#child.once("exit", () => resolve());
-      this.#child.disconnect();
-    });
+  /** Ends the process, whatever it is at: it has nothing to lose. Resolves when none is left. */
+  async close(): Promise<void> {
+    this.#closing.abort();
+    const child = this.#child;
+    if (child.exitCode === null && child.signalCode === null) {
+      const gone = new Promise((resolve) => child.once("exit", resolve));
+      child.kill("SIGKILL");
+      await gone;
+    }
+    await this.#up;
   }
+}
+
+function stopped(): ApiError {
+  return new ApiError(503, "The engine has stopped.", { code: "engine_stopped" });
 }
 
 function fromError({ status, message, code, param }: Extract<Answer, { error: unknown }>["error"]): ApiError {

@@ -1,6 +1,6 @@
-/** What node:http leaves to its users: bodies with a limit, JSON and error answers, a signal for clients that leave. */
+/** What node:http leaves to its users: bodies with a limit, JSON and error answers, a signal for when to give up. */
 import type { IncomingMessage, ServerResponse } from "node:http";
-import { ApiError, toApiError } from "../shared/errors.ts";
+import { ApiError } from "../shared/errors.ts";
 
 /** A port that another process has; nothing is wrong with the program, so the message says it all. */
 export class PortInUseError extends Error {
@@ -36,14 +36,31 @@ function tooLarge(request: IncomingMessage, limit: number): ApiError {
   return new ApiError(413, `The body is larger than ${limit / 2 ** 20} MiB.`, { code: "body_too_large" });
 }
 
-/** Aborts when the client closes its connection before it was answered in full. */
-export function clientSignal(response: ServerResponse): AbortSignal {
+/** Milliseconds in which a client has to read the rest of its answer once the deadline is over. */
+const GRACE = 10_000;
+
+/** The reason of a signal whose client closed its connection; nobody is left to be told. */
+export class ClientLeft extends Error {
+  override name = "ClientLeft";
+}
+
+/**
+ * Aborts when the client closes its connection before it was answered in full (ClientLeft), or when `deadline` seconds
+ * are over (ApiError 504). A client that does not even read what is there by then is cut off.
+ */
+export function requestSignal(response: ServerResponse, deadline: number): AbortSignal {
   const controller = new AbortController();
-  const check = () => {
-    if (!response.writableFinished) controller.abort(new Error("the client went away"));
+  let timer = setTimeout(() => {
+    const message = `The answer was not complete after ${deadline} seconds.`;
+    controller.abort(new ApiError(504, message, { code: "deadline_exceeded" }));
+    timer = setTimeout(() => response.destroy(), GRACE);
+  }, deadline * 1000);
+  const close = () => {
+    clearTimeout(timer);
+    if (!response.writableFinished) controller.abort(new ClientLeft("the client went away"));
   };
-  if (response.closed || response.destroyed) check();
-  else response.once("close", check);
+  if (response.closed || response.destroyed) close();
+  else response.once("close", close);
   return controller.signal;
 }
 
@@ -52,9 +69,13 @@ export function sendJson(response: ServerResponse, status: number, body: string)
   response.end(body);
 }
 
-/** Answers with what may be told of an error, in OpenAI's shape; what may not goes to the log. */
-export function sendError(response: ServerResponse, thrown: unknown): void {
-  const error = toApiError(thrown);
-  if (error.status >= 500) console.error(error.cause ?? error);
+/** Answers with an error in OpenAI's shape. */
+export function sendError(response: ServerResponse, error: ApiError): void {
+  if (error.retryAfter !== null) response.setHeader("retry-after", String(error.retryAfter));
   sendJson(response, error.status, JSON.stringify(error));
+}
+
+/** Whether a peer's address or a host's name means this machine. */
+export function isLoopback(address: string | undefined): boolean {
+  return address !== undefined && /^(::1$|localhost$|(::ffff:)?127\.)/.test(address);
 }

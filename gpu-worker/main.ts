@@ -1,40 +1,57 @@
-/** The command line: picks the command, and turns errors into messages and exit codes. */
+/** The command line: picks the command, and turns signals, errors and exit codes into each other. */
 import { CheckpointError, toApiError } from "../shared/errors.ts";
 import { BENCH_HELP, benchCommand } from "./cli/bench.ts";
 import { GENERATE_HELP, generateCommand } from "./cli/generate.ts";
 import { UsageError } from "./cli/options.ts";
-import { SERVE_HELP, serveCommand, startCommand } from "./cli/serve.ts";
+import { type EndSignals, SERVE_HELP, serveCommand, startCommand } from "./cli/serve.ts";
 import { PortInUseError } from "./http.ts";
 
-type Command = (args: string[], signal: AbortSignal) => Promise<void>;
-
-const commands: Record<string, Command> = {
-  generate: generateCommand,
+const either = ({ interrupt, terminate }: EndSignals) => AbortSignal.any([interrupt, terminate]);
+const commands: Record<string, (args: string[], signals: EndSignals) => Promise<void>> = {
+  generate: (args, signals) => generateCommand(args, either(signals)),
   serve: serveCommand,
   start: startCommand,
-  bench: benchCommand,
+  bench: (args, signals) => benchCommand(args, either(signals)),
 };
 
 const HELP = `${[GENERATE_HELP, SERVE_HELP, BENCH_HELP].join("\n\n")}\n`;
 
+/** npm and node24.mjs pass SIGTERM on, so that one sent to the whole process group comes up to three times. */
+const ONE_SIGTERM = 1000;
+
+/** Ctrl-C interrupts, and so does a second SIGTERM. After an interrupt the next signal kills. */
+function endSignals(): EndSignals {
+  const interrupt = new AbortController();
+  const terminate = new AbortController();
+  process.once("SIGINT", () => interrupt.abort());
+  let first = Number.POSITIVE_INFINITY;
+  process.on("SIGTERM", function onTerminate() {
+    terminate.abort();
+    first = Math.min(first, performance.now());
+    if (performance.now() - first < ONE_SIGTERM) return;
+    interrupt.abort();
+    process.off("SIGTERM", onTerminate);
+  });
+  return { interrupt: interrupt.signal, terminate: terminate.signal };
+}
+
 /** 2: what the caller gave cannot be used; 130: interrupted; 1: anything else. */
-function exitCode(error: unknown, signal: AbortSignal): number {
-  if (signal.aborted) return 130;
+function exitCode(error: unknown, signals: EndSignals): number {
+  if (either(signals).aborted) return 130;
   if (error instanceof UsageError || error instanceof CheckpointError) return 2;
   return toApiError(error).status < 500 ? 2 : 1;
 }
 
-const controller = new AbortController();
-for (const name of ["SIGINT", "SIGTERM"] as const) process.once(name, () => controller.abort());
+const signals = endSignals();
 const [name, ...args] = process.argv.slice(2);
 if (name === undefined || name === "help" || process.argv.includes("--help")) process.stdout.write(HELP);
 else
   try {
     const command = commands[name];
     if (!command) throw new UsageError(`there is no command ${name}; there are ${Object.keys(commands).join(", ")}`);
-    await command(args, controller.signal);
+    await command(args, signals);
   } catch (error) {
-    process.exitCode = exitCode(error, controller.signal);
+    process.exitCode = exitCode(error, signals);
     if (process.exitCode === 2 || error instanceof PortInUseError) console.error(`vispec: ${(error as Error).message}`);
     else if (process.exitCode === 1) console.error(error);
   }

@@ -1,9 +1,11 @@
-/** An OpenAI chat request to the engine's: template, tokens, images by hash, sampling. Knows no transport, runs no model. */
+/** OpenAI's requests to the engine's: template, tokens, images by hash, sampling. Knows no transport, runs no model. */
 import { Template } from "@huggingface/jinja";
+import type { ChatMessage, ChatRequest, CompletionRequest, ImagePart } from "./api.ts";
 import { ApiError, CheckpointError } from "./errors.ts";
-import { decodeDataUrl, hashImage } from "./images.ts";
-import type { ChatMessage, ChatRequest, GenerateRequest, ModelInfo, Sampling } from "./protocol.ts";
-import { checkLength, Tokenizer } from "./tokenizer.ts";
+import { decodeDataUrl, hashImage, isHttpUrl, pixelLimits } from "./images.ts";
+import { LIMITS } from "./limits.ts";
+import type { GenerateRequest, ImageRef, ModelInfo, Sampling } from "./protocol.ts";
+import { Tokenizer } from "./tokenizer.ts";
 
 interface TemplateOptions {
   addGenerationPrompt: boolean;
@@ -16,7 +18,7 @@ export class ChatModel {
   readonly info: ModelInfo;
   readonly tokenizer: Tokenizer;
   readonly #template: Template;
-  readonly #imageTokenId: number;
+  readonly imageTokenId: number;
 
   /** Throws CheckpointError without a chat template that can be read, or when the image token is not in the vocabulary. */
   constructor(info: ModelInfo) {
@@ -28,7 +30,7 @@ export class ChatModel {
     this.#template = templateOf(config.chat_template);
     const imageTokenId = this.tokenizer.tokenId(info.imageToken);
     if (imageTokenId === undefined) throw new CheckpointError(`tokenizer.json: no token ${info.imageToken}`);
-    this.#imageTokenId = imageTokenId;
+    this.imageTokenId = imageTokenId;
   }
 
   /** The prompt's text; `text` is applied to every text that a client wrote. */
@@ -65,22 +67,9 @@ export class ChatModel {
    */
   tokenize(messages: ChatMessage[]): number[] {
     const literal = (text: string) => this.tokenizer.literal(text);
-    const prompt = this.renderPrompt(messages, { addGenerationPrompt: true }, literal);
-    const room = this.info.contextLength;
-    checkLength(this.tokenizer, prompt, room);
-    const tokens = this.tokenizer.encodePrompt(prompt);
-    if (tokens.length >= room) {
-      throw new ApiError(
-        400,
-        `The prompt has ${tokens.length} tokens; the model's context is ${room}, answer included.`,
-        {
-          code: "context_length_exceeded",
-          param: "messages",
-        },
-      );
-    }
-    const images = imageUrls(messages).length;
-    const placeholders = tokens.filter((token) => token === this.#imageTokenId).length;
+    const tokens = this.#encode(this.renderPrompt(messages, { addGenerationPrompt: true }, literal), "messages");
+    const images = imageParts(messages).length;
+    const placeholders = tokens.filter((token) => token === this.imageTokenId).length;
     if (placeholders !== images) {
       throw new ApiError(
         400,
@@ -88,6 +77,22 @@ export class ChatModel {
         { param: "messages" },
       );
     }
+    return tokens;
+  }
+
+  /** Token ids of a plain text, with no template; special tokens in it stay text. Throws ApiError 400 as `tokenize`. */
+  tokenizeText(text: string): number[] {
+    return this.#encode(this.tokenizer.literal(text), "prompt");
+  }
+
+  #encode(prompt: string, param: string): number[] {
+    const room = this.info.contextLength;
+    const refuse = (size: string) => tooLong(param, size, room);
+    // Refused without the cost of encoding it, some seconds a million characters.
+    if (prompt.length > room * Math.min(this.tokenizer.longestToken, LIMITS.charactersPerToken))
+      throw refuse(`${prompt.length} characters`);
+    const tokens = this.tokenizer.encodePrompt(prompt);
+    if (tokens.length >= room) throw refuse(`${tokens.length} tokens`);
     return tokens;
   }
 }
@@ -106,74 +111,195 @@ export interface ChatImage {
   where: string;
 }
 
-/** What the engine is asked, and the pictures under their hashes (one entry for a picture that occurs twice). */
+/** What the engine is asked, and the pictures that came as bytes under their hashes (one entry for one that occurs twice). */
 export interface PreparedChat {
   request: GenerateRequest;
   images: Map<string, ChatImage>;
 }
 
+/** What a request does not say itself: its name in logs and answers, and whose it is. */
+export interface Asker {
+  id: string;
+  tenant: string;
+}
+
 /** Turns a checked chat request into the engine's. Throws ApiError 400 (404 for another model's name). */
-export async function prepareChat(chat: ChatRequest, model: ChatModel, id: string): Promise<PreparedChat> {
-  const { info } = model;
-  if (chat.model !== undefined && chat.model !== info.id) {
-    throw new ApiError(404, `model: ${JSON.stringify(chat.model)} is not served here; ${JSON.stringify(info.id)} is.`, {
-      code: "model_not_found",
-      param: "model",
-    });
+export async function prepareChat(chat: ChatRequest, model: ChatModel, asker: Asker): Promise<PreparedChat> {
+  const common = commonOf(chat, model.info, asker);
+  if (chat.max_tokens != null && chat.max_completion_tokens != null)
+    throw refuse("max_tokens", "is the same as max_completion_tokens; give one of them");
+  if (chat.top_logprobs != null && !chat.logprobs) throw refuse("top_logprobs", "needs logprobs to be true");
+  for (const name of ["min_pixels", "max_pixels"] as const) {
+    if (chat[name] != null && chat.mm_processor_kwargs?.[name] != null)
+      throw refuse(`mm_processor_kwargs.${name}`, `is the same as ${name}; give one of them`);
   }
-  checkOptions(chat);
-  const hashes: string[] = [];
-  const images = new Map<string, ChatImage>();
-  for (const { url, where } of imageUrls(chat.messages)) {
-    const bytes = decodeDataUrl(url, where);
-    const hash = await hashImage(bytes);
-    hashes.push(hash);
-    if (!images.has(hash)) images.set(hash, { bytes, where });
-  }
+  const json = jsonOf(chat.response_format);
+  if (json && chat.ignore_eos)
+    throw refuse("ignore_eos", "does not go with a JSON response_format, which says where the answer ends");
+  const tokens = model.tokenize(chat.messages);
+  const { refs, images } = await imagesOf(chat, model.info);
   const request: GenerateRequest = {
-    id,
-    model: info.id,
-    fingerprint: info.fingerprint,
-    tokens: model.tokenize(chat.messages),
-    images: hashes,
-    sampling: samplingOf(chat),
+    ...common,
+    kind: "chat",
+    tokens,
+    images: refs,
     maxTokens: chat.max_completion_tokens ?? chat.max_tokens ?? null,
-    stop: typeof chat.stop === "string" ? [chat.stop] : (chat.stop ?? []),
-    stopTokenIds: chat.stop_token_ids ?? [],
     logprobs: chat.logprobs ? (chat.top_logprobs ?? 0) : null,
-    stream: chat.stream ?? false,
-    includeUsage: chat.stream_options?.include_usage ?? false,
+    json,
   };
   return { request, images };
 }
 
-function checkOptions(chat: ChatRequest): void {
-  if (chat.top_logprobs != null && !chat.logprobs) {
-    throw new ApiError(400, "top_logprobs: needs logprobs to be true", { param: "top_logprobs" });
-  }
-  if (chat.stream_options && !chat.stream) {
-    throw new ApiError(400, "stream_options: needs stream to be true", { param: "stream_options" });
-  }
+/** Turns a checked completion request into the engine's. Throws ApiError 400 (404 for another model's name). */
+export async function prepareCompletion(
+  completion: CompletionRequest,
+  model: ChatModel,
+  asker: Asker,
+): Promise<PreparedChat> {
+  const request: GenerateRequest = {
+    ...commonOf(completion, model.info, asker),
+    kind: "completion",
+    tokens: promptTokens(completion.prompt, model),
+    images: [],
+    maxTokens: completion.max_tokens ?? null,
+    logprobs: completion.logprobs ?? null,
+    json: null,
+  };
+  return { request, images: new Map() };
 }
 
-/** OpenAI's defaults; without a seed each request draws its own. */
-function samplingOf(chat: ChatRequest): Sampling {
+function promptTokens(prompt: string | number[], model: ChatModel): number[] {
+  const { vocabulary, imageToken, contextLength } = model.info;
+  if (typeof prompt === "string") {
+    const tokens = model.tokenizeText(prompt);
+    if (tokens.length === 0) throw refuse("prompt", "must have at least one token");
+    return tokens;
+  }
+  if (prompt.length >= contextLength) throw tooLong("prompt", `${prompt.length} tokens`, contextLength);
+  checkTokens("prompt", prompt, vocabulary);
+  const image = prompt.indexOf(model.imageTokenId);
+  if (image >= 0) throw refuse(`prompt[${image}]`, `is ${imageToken}, but a completion has no images`);
+  return prompt;
+}
+
+/** What both kinds of request have, checked for what a schema cannot say. */
+function commonOf(asked: ChatRequest | CompletionRequest, info: ModelInfo, { id, tenant }: Asker) {
+  if (asked.model !== undefined && asked.model !== info.id) {
+    const named = JSON.stringify(asked.model.slice(0, 100));
+    throw new ApiError(404, `model: ${named} is not served here; ${JSON.stringify(info.id)} is.`, {
+      code: "model_not_found",
+      param: "model",
+    });
+  }
+  if (asked.stream_options && !asked.stream) throw refuse("stream_options", "needs stream to be true");
+  if (asked.drafter === "vispec" && !info.drafts) throw refuse("drafter", "there is no draft model here");
+  const stopTokenIds = asked.stop_token_ids ?? [];
+  checkTokens("stop_token_ids", stopTokenIds, info.vocabulary);
   return {
-    temperature: chat.temperature ?? 1,
-    topP: chat.top_p ?? 1,
-    topK: chat.top_k ?? 0,
-    minP: chat.min_p ?? 0,
-    seed: chat.seed ?? crypto.getRandomValues(new Uint32Array(1))[0],
+    id,
+    tenant,
+    model: info.id,
+    fingerprint: info.fingerprint,
+    sampling: samplingOf(asked, info.vocabulary),
+    n: asked.n ?? 1,
+    stop: typeof asked.stop === "string" ? [asked.stop] : (asked.stop ?? []),
+    stopTokenIds,
+    ignoreEos: asked.ignore_eos ?? false,
+    plain: asked.drafter === "none",
+    stream: asked.stream ?? false,
+    includeUsage: asked.stream_options?.include_usage ?? false,
+    includeDrafts: asked.stream_options?.include_drafts ?? false,
+    user: asked.user ?? null,
   };
 }
 
-/** The images' URLs in the order of the prompt, and where each stands. */
-function imageUrls(messages: ChatMessage[]): { url: string; where: string }[] {
-  return messages.flatMap((message, i) =>
-    typeof message.content === "string"
+/** OpenAI's defaults; without a seed each request draws its own. */
+function samplingOf(asked: ChatRequest | CompletionRequest, vocabulary: number): Sampling {
+  const logitBias = Object.entries(asked.logit_bias ?? {}).map(([token, bias]): [number, number] => {
+    if (Number(token) >= vocabulary) throw refuse(`logit_bias.${token}`, noToken(vocabulary));
+    return [Number(token), bias];
+  });
+  return {
+    temperature: asked.temperature ?? 1,
+    topP: asked.top_p ?? 1,
+    topK: Math.max(0, asked.top_k ?? 0),
+    minP: asked.min_p ?? 0,
+    seed: asked.seed ?? crypto.getRandomValues(new Uint32Array(1))[0],
+    repetitionPenalty: asked.repetition_penalty ?? 1,
+    presencePenalty: asked.presence_penalty ?? 0,
+    frequencyPenalty: asked.frequency_penalty ?? 0,
+    logitBias,
+  };
+}
+
+const noToken = (vocabulary: number) => `is no token of the model, which has ${vocabulary}`;
+
+function checkTokens(param: string, tokens: number[], vocabulary: number): void {
+  const wrong = tokens.findIndex((token) => token >= vocabulary);
+  if (wrong >= 0) throw refuse(`${param}[${wrong}]`, noToken(vocabulary));
+}
+
+function jsonOf(format: ChatRequest["response_format"]): GenerateRequest["json"] {
+  if (!format || format.type === "text") return null;
+  if (format.type === "json_object") return { schema: null, strict: true };
+  const { schema, strict } = format.json_schema;
+  const param = "response_format.json_schema.schema";
+  // The depth first: JSON.stringify recurses.
+  if (isDeeper(schema, LIMITS.schemaDepth)) throw refuse(param, `must be nested at most ${LIMITS.schemaDepth} deep`);
+  const text = JSON.stringify(schema);
+  if (text.length > LIMITS.schemaCharacters)
+    throw refuse(param, `must have at most ${LIMITS.schemaCharacters} characters as JSON`);
+  return { schema: text, strict: strict ?? true };
+}
+
+/** Whether more objects and arrays stand in each other. Level by level and not by recursion: it may be 100,000. */
+function isDeeper(value: object, depth: number): boolean {
+  let level = [value];
+  for (let i = 0; i < depth && level.length > 0; i++)
+    level = level.flatMap((outer) =>
+      Object.values(outer).filter((inner) => typeof inner === "object" && inner !== null),
+    );
+  return level.length > 0;
+}
+
+/** The images of a chat, in order: those that are here as bytes by their hash, others by their URL. */
+async function imagesOf(chat: ChatRequest, info: ModelInfo) {
+  const refs: ImageRef[] = [];
+  const images = new Map<string, ChatImage>();
+  for (const { part, where } of imageParts(chat.messages)) {
+    const limits = pixelLimits(chat, part, where, info.pixels);
+    const { url } = part.image_url;
+    if (isHttpUrl(url)) {
+      if (url.length > LIMITS.urlCharacters)
+        throw refuse(where, `the URL has more than ${LIMITS.urlCharacters} characters`);
+      refs.push({ hash: null, url, where, limits });
+      continue;
+    }
+    const bytes = decodeDataUrl(url, where);
+    const hash = await hashImage(bytes);
+    if (!images.has(hash)) images.set(hash, { bytes, where });
+    refs.push({ hash, url: null, where, limits });
+  }
+  return { refs, images };
+}
+
+/** The image parts in the order of the prompt, and where each stands. */
+function imageParts(messages: ChatMessage[]): { part: ImagePart; where: string }[] {
+  return messages.flatMap(({ content }, i) =>
+    typeof content === "string"
       ? []
-      : message.content.flatMap((part, j) =>
-          part.type === "image_url" ? [{ url: part.image_url.url, where: `messages[${i}].content[${j}]` }] : [],
+      : content.flatMap((part, j) =>
+          part.type === "image_url" ? [{ part, where: `messages[${i}].content[${j}]` }] : [],
         ),
   );
+}
+
+/** LangChain knows the error by the words "maximum context length". */
+function tooLong(param: string, size: string, room: number): ApiError {
+  const limit = `the model's context is ${room} tokens (its maximum context length, answer included)`;
+  return new ApiError(400, `${param}: the prompt has ${size}; ${limit}.`, { code: "context_length_exceeded", param });
+}
+
+function refuse(param: string, why: string): ApiError {
+  return new ApiError(400, `${param}: ${why}`, { param });
 }

@@ -8,12 +8,19 @@ export class ApiError extends Error {
   readonly status: number;
   readonly code: string | null;
   readonly param: string | null;
+  /** Seconds after which trying again may help: the header Retry-After. */
+  readonly retryAfter: number | null;
 
-  constructor(status: number, message: string, options: { code?: string; param?: string; cause?: unknown } = {}) {
+  constructor(
+    status: number,
+    message: string,
+    options: { code?: string; param?: string; retryAfter?: number; cause?: unknown } = {},
+  ) {
     super(message, { cause: options.cause });
     this.status = status;
     this.code = options.code ?? null;
     this.param = options.param ?? null;
+    this.retryAfter = options.retryAfter ?? null;
   }
 
   get kind(): ErrorKind {
@@ -36,6 +43,14 @@ export function toApiError(error: unknown): ApiError {
         code: "internal_error",
         cause: error,
       });
+}
+
+/** A fault of whoever runs the service: `why` is for the log. */
+export function misconfigured(why: string): ApiError {
+  return new ApiError(500, "The service is not configured correctly; its log says more.", {
+    code: "misconfigured",
+    cause: why,
+  });
 }
 
 /** A checkpoint that cannot be used as it is; the message names the file and the field or tensor. */

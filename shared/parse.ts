@@ -1,21 +1,65 @@
-/** A request body to a checked ChatRequest; turns JSON's and zod's complaints into one that names the place. */
+/** A request body to a checked request; turns JSON's and zod's complaints into one that names the place. */
 import type { z } from "zod";
+import { ChatRequest, CompletionRequest } from "./api.ts";
 import { ApiError } from "./errors.ts";
-import { ChatRequest } from "./protocol.ts";
+import { LIMITS } from "./limits.ts";
+import { REFUSED } from "./refused.ts";
 
 type Issue = z.core.$ZodIssue;
 
 /** Parses the body of POST /v1/chat/completions. Throws ApiError 400 that names the position or the parameter. */
-export function parseChatRequest(body: string): ChatRequest {
+export function parseChatRequest(body: string | Uint8Array): ChatRequest {
   return parseBody(ChatRequest, body);
 }
 
-/** Parses a JSON body and checks it against a schema. Throws ApiError 400 that names the position or the field. */
-export function parseBody<T>(schema: z.ZodType<T>, body: string): T {
-  const result = schema.safeParse(parseJson(body));
+/** Parses the body of POST /v1/completions. Throws ApiError 400 that names the position or the parameter. */
+export function parseCompletionRequest(body: string | Uint8Array): CompletionRequest {
+  return parseBody(CompletionRequest, body);
+}
+
+/** Parses a JSON body (bytes: UTF-8) and checks it against a schema. Throws ApiError 400 as above. */
+export function parseBody<T>(schema: z.ZodType<T>, body: string | Uint8Array): T {
+  const text = typeof body === "string" ? body : decode(body);
+  checkSize(text);
+  const result = schema.safeParse(parseJson(text));
   if (result.success) return result.data;
   const { path, message, code } = describe(result.error.issues[0], []);
-  throw new ApiError(400, path ? `${path}: ${message}` : message, { param: path || undefined, code });
+  const name = fieldName(path);
+  throw new ApiError(400, name ? `${name}: ${message}` : message, { param: name || undefined, code });
+}
+
+function decode(body: Uint8Array): string {
+  try {
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: false }).decode(body);
+  } catch (cause) {
+    throw new ApiError(400, "The body is not valid UTF-8.", { code: "invalid_utf8", cause });
+  }
+}
+
+/** Throws ApiError 400 when the text begins more JSON values than may be, without parsing it. */
+function checkSize(text: string): void {
+  let values = 0;
+  for (let i = 0; i < text.length; i++) {
+    const character = text.charCodeAt(i);
+    if (character === QUOTE) {
+      i = endOfString(text, i);
+    } else if (character === COMMA || character === BRACKET || character === BRACE) {
+      if (++values > LIMITS.values)
+        throw new ApiError(400, `The body has more than ${LIMITS.values} JSON values.`, { code: "too_many_values" });
+    }
+  }
+}
+
+const [QUOTE, COMMA, BRACKET, BRACE, BACKSLASH] = [...'",[{\\'].map((character) => character.charCodeAt(0));
+
+/** Where the string that begins at `start` has its closing quote; the text's length if it has none. */
+function endOfString(text: string, start: number): number {
+  for (let end = text.indexOf('"', start + 1); end >= 0; end = text.indexOf('"', end + 1)) {
+    let backslashes = 0;
+    while (text.charCodeAt(end - 1 - backslashes) === BACKSLASH) backslashes++;
+    if (backslashes % 2 === 0) return end;
+  }
+  return text.length;
 }
 
 function parseJson(body: string): unknown {
@@ -67,33 +111,51 @@ function canGoOn(prefix: string): boolean {
   }
 }
 
-/** Names the field and what is wrong with it; of a union, the branch that the value got furthest in. */
-function describe(issue: Issue, prefix: PropertyKey[]): { path: string; message: string; code?: string } {
+interface Complaint {
+  path: PropertyKey[];
+  message: string;
+  code?: string;
+}
+
+/** The field and what is wrong with it; of a union, the branch that the value got furthest in. */
+function describe(issue: Issue, prefix: PropertyKey[]): Complaint {
   const path = [...prefix, ...issue.path];
-  if (issue.code === "unrecognized_keys") {
-    const name = fieldName([...path, issue.keys[0]]);
-    return { path: name, message: "this parameter is not supported", code: "unknown_parameter" };
-  }
+  if (issue.code === "unrecognized_keys") return refusal([...path, issue.keys[0]]);
+  if (issue.code === "invalid_key") return { path, message: issue.issues[0].message };
   if (issue.code === "invalid_union" && issue.errors.length > 0) {
     const firsts = issue.errors.map((branch) => branch[0]);
     const inner = firsts.find((first) => first.path.length > 0 || first.code !== "invalid_type");
     if (inner) return describe(inner, path);
     const expected = firsts.map((first) => (first.code === "invalid_type" ? first.expected : "value"));
-    return { path: fieldName(path), message: `must be ${expected.join(" or ")}` };
+    return { path, message: `must be ${expected.join(" or ")}` };
   }
-  return { path: fieldName(path), message: plainMessage(issue) };
+  return { path, message: plainMessage(issue) };
+}
+
+function refusal(path: PropertyKey[]): Complaint {
+  const name = path.filter((key) => typeof key === "string").join(".");
+  const known = Object.hasOwn(REFUSED, name);
+  const message = `this parameter is not supported${known ? `: ${REFUSED[name]}` : ""}`;
+  return { path, message, code: known ? "unsupported_parameter" : "unknown_parameter" };
 }
 
 function plainMessage(issue: Issue): string {
   switch (issue.code) {
-    case "invalid_type":
-      return `must be ${issue.expected}${issue.message.includes("received undefined") ? ", but is missing" : issue.message.replace(/^.*(?=, received)/, "")}`;
+    case "invalid_type": {
+      const expected = issue.expected === "int" ? "a whole number" : issue.expected;
+      if (issue.message.includes("received undefined")) return `must be ${expected}, but is missing`;
+      return `must be ${expected}${issue.message.replace(/^.*(?=, received)/, "")}`;
+    }
     case "too_small":
       return issue.origin === "array" || issue.origin === "string"
         ? "must not be empty"
         : `must be ${issue.inclusive ? "at least" : "greater than"} ${issue.minimum}`;
-    case "too_big":
-      return `must be at most ${issue.maximum}${issue.origin === "array" ? " items" : ""}`;
+    case "too_big": {
+      const units = { string: " characters", array: " items" }[issue.origin as string];
+      return `must ${units ? "have" : "be"} at most ${issue.maximum}${units ?? ""}`;
+    }
+    case "invalid_value":
+      return `must be ${issue.values.length > 1 ? "one of " : ""}${issue.values.join(", ")}`;
     case "invalid_union":
       return `must be one of ${((issue as { options?: string[] }).options ?? []).join(", ")}`;
     default:
@@ -101,10 +163,11 @@ function plainMessage(issue: Issue): string {
   }
 }
 
-/** `messages[0].content[1].type` */
+/** `messages[0].content[1].type`; a key is whatever a client wrote, of any length. */
 function fieldName(path: PropertyKey[]): string {
-  return path.reduce<string>(
-    (name, key) => (typeof key === "number" ? `${name}[${key}]` : name ? `${name}.${String(key)}` : String(key)),
-    "",
-  );
+  return path.reduce<string>((name, key) => {
+    if (typeof key === "number") return `${name}[${key}]`;
+    const short = String(key).slice(0, 100).toWellFormed();
+    return name ? `${name}.${short}` : short;
+  }, "");
 }

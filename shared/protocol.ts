@@ -1,5 +1,5 @@
 /** The contract between edge and GPU worker. Schemas only; what clients send is in api.ts. */
-import { z } from "zod";
+import * as z from "zod";
 import { seed } from "./api.ts";
 
 /** A SHA-256 of an image's encoded bytes, in hex. */

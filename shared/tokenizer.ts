@@ -1,6 +1,6 @@
 /** Text to token ids and back, as the checkpoint's tokenizer.json says; knows nothing of chats or models. */
 import { Tokenizer as Encoder } from "@huggingface/tokenizers";
-import { ApiError, CheckpointError } from "./errors.ts";
+import { CheckpointError } from "./errors.ts";
 import { decodeEachByte, incompleteSuffix, tokenBytesReader, utf8 } from "./utf8.ts";
 
 /** The parts of tokenizer.json that are read here; `@huggingface/tokenizers` reads the rest. */
@@ -197,13 +197,4 @@ export class Detokenizer {
     this.#atStart = false;
     return text.startsWith(" ") ? text.slice(1) : text;
   }
-}
-
-/** Throws ApiError 400 for a text that cannot fit into `room` tokens, without the cost of encoding it. */
-export function checkLength(tokenizer: Tokenizer, text: string, room: number): void {
-  if (text.length <= room * tokenizer.longestToken) return;
-  throw new ApiError(400, `The messages have ${text.length} characters; the model's context is ${room} tokens.`, {
-    code: "context_length_exceeded",
-    param: "messages",
-  });
 }

@@ -54,6 +54,14 @@ const rules: Rule[] = [
   { from: /^gpu-worker\/decode\//, to: /^gpu-worker\/(cli\/|[^/]+$)|^node:http/, types: true },
   { from: /^gpu-worker\/(?!engine-local\.ts)[^/]+$/, to: /^gpu-worker\/(model|ops|graph|input)\//, types: true },
   { from: /^(?!gpu-worker\/engine\/(runtime|ort-api)\.ts$)/, to: /^koffi$/, types: true },
+  // The server knows the engine by its interface; what it is made of knows neither.
+  { from: /^gpu-worker\/server\.ts$/, to: /^gpu-worker\/engine-/ },
+  {
+    from: /^gpu-worker\/(fetch-image|http|log|metrics|openai|pictures|queue|stream|until-aborted)\.ts$/,
+    to: /^gpu-worker\/(server|start|engine-[a-z]+)\.ts$/,
+  },
+  { from: /^gpu-worker\/(log|metrics|queue|until-aborted)\.ts$/, to: /^node:(http|net)$/ },
+  { from: /^(?!gpu-worker\/metrics\.ts$)/, to: /^prom-client$/ },
 ];
 
 function violations(imports: Import[]): string[] {
@@ -119,6 +127,10 @@ test.each([
   ["gpu-worker/engine/target.ts", 'import koffi from "koffi";'],
   ["gpu-worker/model/model.ts", 'import { LocalEngine } from "../decode/generate.ts";'],
   ["gpu-worker/queue.ts", 'import "../gpu-worker/model/weights.ts";'],
+  ["gpu-worker/server.ts", 'import { startEngine } from "./engine-process.ts";'],
+  ["gpu-worker/pictures.ts", 'import { startServer } from "./server.ts";'],
+  ["gpu-worker/metrics.ts", 'import type { ServerResponse } from "node:http";'],
+  ["gpu-worker/server.ts", 'import { Registry } from "prom-client";'],
 ])("%s breaks a rule with %s", (file, source) => {
   expect(violations(importsOf(file, source))).toHaveLength(1);
 });

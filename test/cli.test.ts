@@ -153,6 +153,8 @@ describe("the command line", () => {
       "vispec generate --image FILE",
       "--messages FILE.json",
       "vispec serve [--port N]",
+      "--image-urls off|public|any",
+      "WORKER_SECRET",
       "vispec bench",
     ])
       expect(stdout).toContain(text);
@@ -167,9 +169,15 @@ describe("the command line", () => {
     [["generate", "--prompt", "Hi", "--messages", "x.json"], /--messages stands alone/],
     [["generate", "--prompt", "Hi", "--image", "nowhere.png"], /image nowhere\.png/],
     [["serve", "--port", "70000"], /--port is 70000/],
+    [["serve", "--deadline", "0"], /--deadline is 0/],
+    [["serve", "--drain", "soon"], /--drain is soon/],
+    [["serve", "--max-waiting", "-1"], /'--max-waiting' argument is ambiguous/],
+    [["serve", "--image-urls", "some"], /--image-urls is some; it must be one of off, public, any/],
+    [["start", "--image-urls", "some"], /--image-urls is some/],
+    [["serve", "--host", "0.0.0.0"], /--host 0\.0\.0\.0 .* WORKER_SECRET must be set/],
     [["train"], /there is no command train; there are generate, serve/],
   ])("%j is refused with exit code 2", async (args, message) => {
-    const { code, stdout, stderr } = await vispec(args);
+    const { code, stdout, stderr } = await vispec(args, { WORKER_SECRET: undefined });
     expect({ code, stdout }).toEqual({ code: 2, stdout: "" });
     expect(stderr).toMatch(/^vispec: .+\n$/);
     expect(stderr).toMatch(message);

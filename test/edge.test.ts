@@ -1,21 +1,25 @@
 /** The edge in workerd before a GPU worker's server with a scripted engine: statuses, images, streams, disconnects. */
 import { createHash } from "node:crypto";
 import { once } from "node:events";
-import { createServer } from "node:http";
-import { type AddressInfo, connect, type Socket } from "node:net";
+import { connect, type Socket } from "node:net";
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
 import { type RunningServer, startServer } from "../gpu-worker/server.ts";
 import { type RunningEdge, startEdge } from "../gpu-worker/start.ts";
 import { ApiError } from "../shared/errors.ts";
+import { imageKey } from "../shared/protocol.ts";
 import { chatter, fails, finishOf, ScriptedEngine, say, silence, words } from "./support/scripted-engine.ts";
+import { tinyModel } from "./support/tiny-model.ts";
+
+const secret = "a secret of the tests";
+const LIMITS = tinyModel.pixels;
 
 const engine = new ScriptedEngine();
 let server: RunningServer;
 let edge: RunningEdge;
 
 beforeAll(async () => {
-  server = await startServer(engine, { port: 0, host: "127.0.0.1" });
-  edge = await startEdge({ port: 0, upstream: server.url });
+  server = await startServer(engine, { port: 0, host: "127.0.0.1", secret });
+  edge = await startEdge({ port: 0, upstream: server.url, secret });
 });
 
 afterAll(async () => {
@@ -49,7 +53,9 @@ function askAndHang(url: string): Socket {
   const body = JSON.stringify({ messages: hi });
   const socket = connect(Number(new URL(url).port), "127.0.0.1");
   socket.on("error", () => {});
-  socket.write(`POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-length: ${body.length}\r\n\r\n${body}`);
+  socket.write(
+    `POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: ${body.length}\r\n\r\n${body}`,
+  );
   return socket;
 }
 /** The events of a stream, parsed, without [DONE], which must be the last. */
@@ -132,7 +138,9 @@ describe.each(["edge", "worker"])("a chat request to the %s", (where) => {
     [{ messages: [] }, 400, "messages: must not be empty"],
     [{ messages: [{ role: "bot", content: "x" }] }, 400, "messages[0].role: must be one of"],
     [{ messages: hi, max_tokens: 0 }, 400, "max_tokens: must be at least 1"],
-    [{ messages: hi, tools: [] }, 400, "tools: this parameter is not supported"],
+    [{ messages: hi, tools: [] }, 400, "tools: this parameter is not supported: the models here have no tool calls"],
+    [{ messages: hi, temprature: 1 }, 400, "temprature: this parameter is not supported"],
+    [{ messages: hi, top_logprobs: 1 }, 400, "top_logprobs: needs logprobs to be true"],
     [{ messages: hi, model: "gpt-4o" }, 404, 'model: "gpt-4o" is not served here'],
     [{ messages: [{ role: "user", content: [picture()] }] }, 400, "messages[0].content[0]: the image is empty"],
     [
@@ -204,10 +212,16 @@ describe("images through the edge", () => {
     const first = { messages: [{ role: "user", content: [picture(1, 2), picture(3), picture(1, 2)] }] };
     const hashes = [[1, 2], [3]].map((bytes) => createHash("sha256").update(Buffer.from(bytes)).digest("hex"));
     expect((await ask(edge.url, first)).status).toBe(200);
-    expect(engine.puts.toSorted()).toEqual(hashes.toSorted());
-    expect(engine.requests[0].images).toEqual([hashes[0], hashes[1], hashes[0]]);
+    expect(engine.puts.toSorted()).toEqual(hashes.map((hash) => imageKey("", hash, LIMITS)).toSorted());
+    expect(engine.requests[0].images.map(({ hash }) => hash)).toEqual([hashes[0], hashes[1], hashes[0]]);
     expect((await ask(edge.url, first)).status).toBe(200);
     expect(engine.puts.length).toBe(2);
+  });
+
+  test("are sent once for each size", async () => {
+    const sizes = [4000, 5000, 4000].map((max_pixels) => ({ ...picture(7), max_pixels }));
+    expect((await ask(edge.url, { messages: [{ role: "user", content: sizes }] })).status).toBe(200);
+    expect(engine.puts.map((key) => key.split("/")[1]).toSorted()).toEqual(["3136-4000", "3136-5000"]);
   });
 
   test("are sent anew when the worker dropped them", async () => {
@@ -219,31 +233,17 @@ describe("images through the edge", () => {
   });
 });
 
-describe("the worker's internal side", () => {
-  test("refuses bytes that do not have their hash, bad names and large bodies", async () => {
-    const put = (name: string, body: Uint8Array<ArrayBuffer>) =>
-      fetch(`${server.url}/internal/images/${name}`, { method: "PUT", body });
-    const wrong = await put("0".repeat(64), Uint8Array.of(1));
-    expect([wrong.status, await message(wrong)]).toEqual([400, expect.stringContaining("do not have the SHA-256 000")]);
-    expect((await put("x", Uint8Array.of(1))).status).toBe(400);
-    const large = await put("0".repeat(64), new Uint8Array(32 * 2 ** 20 + 1));
-    expect([large.status, await message(large)]).toEqual([413, "The body is larger than 32 MiB."]);
-    expect(engine.puts).toEqual([]);
-  });
-
-  test("answers 412 to a prompt for another model, and the edge then fetches the new one", async () => {
+describe("edge and worker", () => {
+  test("agree on the model anew when the worker has another one", async () => {
     await ask(edge.url, { messages: hi });
-    const old = engine.requests[0];
     engine.info = { ...engine.info, fingerprint: "tiny-2" };
     await server.close();
-    server = await startServer(engine, { port: Number(new URL(server.url).port), host: "127.0.0.1" });
-    const response = await fetch(`${server.url}/internal/generate`, { method: "POST", body: JSON.stringify(old) });
-    expect(response.status).toBe(412);
+    server = await startServer(engine, { port: Number(new URL(server.url).port), host: "127.0.0.1", secret });
     expect((await ask(edge.url, { messages: hi })).status).toBe(200);
     expect(engine.requests.at(-1)!.fingerprint).toBe("tiny-2");
   });
 
-  test("a request that waits leaves the queue with its client", async () => {
+  test("let a request that waits leave the queue with its client", async () => {
     engine.script = silence;
     const running = askAndHang(edge.url);
     const signal = await started();
@@ -265,11 +265,11 @@ describe("the edge alone", () => {
   });
 
   test("says 503 when no GPU worker can be reached, and uses the next one when one can", async () => {
-    const gone = await startServer(engine, { port: 0, host: "127.0.0.1" });
+    const gone = await startServer(engine, { port: 0, host: "127.0.0.1", secret });
     await gone.close();
     const [none, second] = await Promise.all([
-      startEdge({ port: 0, upstream: gone.url }),
-      startEdge({ port: 0, upstream: `${gone.url}, ${server.url}/` }),
+      startEdge({ port: 0, upstream: gone.url, secret }),
+      startEdge({ port: 0, upstream: `${gone.url}, ${server.url}/`, secret }),
     ]);
     const response = await ask(none.url, { messages: hi });
     expect([response.status, await message(response)]).toEqual([503, "No GPU worker can be reached."]);
@@ -283,8 +283,8 @@ describe("the edge alone", () => {
   test("asks the same worker about the same picture, and shares pictures among workers", async () => {
     const engines = [new ScriptedEngine(), new ScriptedEngine()];
     for (const one of engines) one.info = engine.info;
-    const servers = await Promise.all(engines.map((one) => startServer(one, { port: 0, host: "127.0.0.1" })));
-    const both = await startEdge({ port: 0, upstream: servers.map(({ url }) => url).join() });
+    const servers = await Promise.all(engines.map((one) => startServer(one, { port: 0, host: "127.0.0.1", secret })));
+    const both = await startEdge({ port: 0, upstream: servers.map(({ url }) => url).join(), secret });
     for (let i = 0; i < 40; i++) {
       const request = { messages: [{ role: "user", content: [picture(1 + (i % 20))] }] };
       expect((await ask(both.url, request)).status).toBe(200);
@@ -296,33 +296,11 @@ describe("the edge alone", () => {
     await Promise.all(servers.map((one) => one.close()));
   });
 
-  test("tells the worker whose turn a request takes", async () => {
-    const tenants: unknown[] = [];
-    const upstream = createServer((request, response) => {
-      if (request.method === "POST") tenants.push(request.headers["x-tenant"]);
-      response.end(request.method === "POST" ? "{}" : JSON.stringify(engine.info));
-    });
-    await once(upstream.listen(0, "127.0.0.1"), "listening");
-    const { port } = upstream.address() as AddressInfo;
-    const other = await startEdge({ port: 0, upstream: `http://127.0.0.1:${port}` });
-    for (const address of ["192.0.2.1", "192.0.2.2"]) {
-      const headers = { "cf-connecting-ip": address };
-      await fetch(`${other.url}/v1/chat/completions`, {
-        method: "POST",
-        headers,
-        body: JSON.stringify({ messages: hi }),
-      });
-    }
-    expect(tenants).toEqual(["192.0.2.1", "192.0.2.2"]);
-    await other.close();
-    upstream.close();
-  });
-
   test("names a port that is in use, and is gone when closed, streams and all", async () => {
-    await expect(startEdge({ port: Number(new URL(server.url).port), upstream: server.url })).rejects.toThrow(
+    await expect(startEdge({ port: Number(new URL(server.url).port), upstream: server.url, secret })).rejects.toThrow(
       /port \d+ is in use/,
     );
-    const other = await startEdge({ port: 0, upstream: server.url });
+    const other = await startEdge({ port: 0, upstream: server.url, secret });
     engine.script = chatter;
     const response = await ask(other.url, { messages: hi, stream: true });
     const signal = await started();
@@ -331,5 +309,24 @@ describe("the edge alone", () => {
     await Promise.all([reading, aborted(signal), other.ended]);
     const socket = connect(Number(new URL(other.url).port), "127.0.0.1");
     await expect(once(socket, "connect")).rejects.toThrow("ECONNREFUSED");
+  });
+
+  test("drains: it ends by itself, and the streams under way end whole", async () => {
+    const other = await startEdge({ port: 0, upstream: server.url, secret });
+    const go = Promise.withResolvers<void>();
+    engine.script = async function* (request) {
+      yield say("Hel");
+      await go.promise;
+      yield { ...say("lo"), finish: finishOf(request, 2) };
+    };
+    const stream = await ask(other.url, { messages: hi, stream: true });
+    let isGone = false;
+    const drained = other.drain().then(() => (isGone = true));
+    expect(isGone).toBe(false);
+    go.resolve();
+    const chunks = await events(stream);
+    expect(chunks.map((chunk) => chunk.choices[0].delta.content ?? "").join("")).toBe("Hello");
+    await drained;
+    await other.close();
   });
 });

@@ -163,8 +163,8 @@ describe("a checkpoint", () => {
   async function answer(folder: string, golden: Case): Promise<string> {
     const engine = new LocalEngine({ model: folder });
     try {
-      const { request } = await prepare(engine, golden);
-      const steps = await collect(engine.generate(request, AbortSignal.timeout(60_000)));
+      const { request, images } = await prepare(engine, golden);
+      const steps = await collect(engine.generate(request, images, AbortSignal.timeout(60_000)));
       return steps.map(({ text }) => text).join("");
     } finally {
       await engine.close();

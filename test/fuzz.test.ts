@@ -1,7 +1,7 @@
 /** Random conversations, short and long, with and without pictures: every drafter must give what plain decoding gives. */
 import { afterAll, beforeAll, expect, test } from "vitest";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
-import { collect, openEngine, prepare } from "./support/goldens.ts";
+import { answer, openEngine, plainSampling, tokensOf } from "./support/goldens.ts";
 
 const PICTURES = ["00-describe-0", "03-describe-0", "05-count-0", "13-turns2-0", "23-odd-0", "01-describe-0"];
 
@@ -32,12 +32,10 @@ function conversation(random: (n: number) => number, long: boolean) {
 
 test.each(Array.from({ length: 16 }, (_, i) => i))("conversation %i is the same with every drafter", async (i) => {
   const asked = conversation(generator(i), i % 3 === 0);
-  const sampling = { temperature: i % 2, topP: 1, topK: 0, minP: 0, seed: i };
+  const sampling = { ...plainSampling, temperature: i % 2, seed: i };
   const answers: number[][] = [];
   for (const engine of engines) {
-    const { request } = await prepare(engine, asked, { sampling, maxTokens: i % 5 === 4 ? null : 60 });
-    const steps = await collect(engine.generate(request, AbortSignal.timeout(60_000)));
-    answers.push(steps.flatMap(({ tokens }) => tokens));
+    answers.push(tokensOf(await answer(engine, asked, { sampling, maxTokens: i % 5 === 4 ? null : 60 })));
   }
   expect(answers[1]).toEqual(answers[0]);
   expect(answers[2]).toEqual(answers[0]);

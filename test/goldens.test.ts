@@ -7,16 +7,17 @@ import { writeTreeMask } from "../gpu-worker/engine/mask.ts";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { encodeOnnx } from "../gpu-worker/graph/onnx.ts";
 import { moveGraph } from "../gpu-worker/model/language.ts";
-import { expandPrompt } from "../gpu-worker/model/qwen/positions.ts";
 import {
+  answer,
   type Case,
   cases,
-  collect,
   goldenTensors,
   maxDifference,
   openEngine,
-  prepare,
+  promptOf,
   readGolden,
+  textOf,
+  tokensOf,
 } from "./support/goldens.ts";
 
 const TOLERANCE = 2e-3; // of logits and hidden states, from the goldens' README
@@ -28,15 +29,12 @@ beforeAll(() => {
 afterAll(() => engine.close());
 
 async function context(golden: Case, maxTree = 60) {
-  const { request, images } = await prepare(engine, golden);
-  const expanded = expandPrompt(request.tokens, images.map((i) => i.grid), engine.model.config.imageToken); // biome-ignore format: one call
-  return engine.target.prefill({ expanded, imageRows: images.map((i) => i.rows) }, 256, maxTree);
+  return engine.target.prefill(await promptOf(engine, golden), 256, maxTree);
 }
 
 describe("prompts", () => {
   test.each(cases)("$id has the ids, positions and rope delta of Hugging Face's processor", async (golden) => {
-    const { request, images } = await prepare(engine, golden);
-    const expanded = expandPrompt(request.tokens, images.map((i) => i.grid), engine.model.config.imageToken); // biome-ignore format: one call
+    const { expanded } = await promptOf(engine, golden);
     expect(expanded.tokens).toEqual(golden.input_ids);
     expect(expanded.positions.map((row) => [...row])).toEqual(golden.position_ids);
     expect(expanded.delta).toBe(golden.rope_delta);
@@ -48,8 +46,8 @@ describe("activations", () => {
   const having = (name: string) => cases.filter(({ id }) => tensors.has(`${id}.${name}`));
 
   test.each(having("vision_after_merger"))("$id: the vision tower's rows", async (golden) => {
-    const { images } = await prepare(engine, golden);
-    expect(maxDifference(images[0].rows, tensors.get(`${golden.id}.vision_after_merger`)!)).toBeLessThan(TOLERANCE);
+    const { rows } = await promptOf(engine, golden);
+    expect(maxDifference(rows[0].rows, tensors.get(`${golden.id}.vision_after_merger`)!)).toBeLessThan(TOLERANCE);
   });
 
   test.each(having("last_hidden"))("$id: hidden states of every prompt token, and the last logits", async (golden) => {
@@ -84,13 +82,9 @@ describe("greedy answers", () => {
     const plain = openEngine({ drafter: "none" });
     try {
       for (const golden of cases) {
-        const { request } = await prepare(plain, golden);
-        const steps = await collect(plain.generate(request, AbortSignal.timeout(60_000)));
-        expect(
-          steps.flatMap((s) => s.tokens),
-          golden.id,
-        ).toEqual(golden.output_ids);
-        expect(steps.map((s) => s.text).join(""), golden.id).toBe(golden.output_text);
+        const steps = await answer(plain, golden);
+        expect(tokensOf(steps), golden.id).toEqual(golden.output_ids);
+        expect(textOf(steps), golden.id).toBe(golden.output_text);
         expect(steps.at(-1)!.finish).toMatchObject({ reason: "stop", imageTokens: golden.image_tokens });
       }
     } finally {
@@ -104,12 +98,8 @@ describe("greedy answers", () => {
       const drafted = openEngine({ shape });
       try {
         for (const golden of cases) {
-          const { request } = await prepare(drafted, golden);
-          const steps = await collect(drafted.generate(request, AbortSignal.timeout(60_000)));
-          expect(
-            steps.flatMap((s) => s.tokens),
-            golden.id,
-          ).toEqual(golden.output_ids);
+          const steps = await answer(drafted, golden);
+          expect(tokensOf(steps), golden.id).toEqual(golden.output_ids);
           const wanted = acceptedOf(golden.id, shape);
           const { acceptedPerCycle, cycles } = steps.at(-1)!.finish!;
           // The reference goes on beyond an end-of-sequence token, in the cycle that accepts it and for one cycle more.
@@ -130,12 +120,8 @@ describe("greedy answers", () => {
       moved.model.mover = moved.runtime.session(encodeOnnx(graph));
       moved.target[Symbol.dispose](); // sequences made before know no mover
       for (const golden of cases.slice(0, 6)) {
-        const { request } = await prepare(moved, golden);
-        const steps = await collect(moved.generate(request, AbortSignal.timeout(60_000)));
-        expect(
-          steps.flatMap((s) => s.tokens),
-          golden.id,
-        ).toEqual(golden.output_ids);
+        const steps = await answer(moved, golden);
+        expect(tokensOf(steps), golden.id).toEqual(golden.output_ids);
       }
     } finally {
       await moved.close();
@@ -145,9 +131,8 @@ describe("greedy answers", () => {
   test("a limit cuts the answer exactly, whatever the tree holds beyond it", async () => {
     const golden = cases[0];
     for (const maxTokens of [1, 2, 5, 6, 7]) {
-      const { request } = await prepare(engine, golden, { maxTokens });
-      const steps = await collect(engine.generate(request, AbortSignal.timeout(60_000)));
-      expect(steps.flatMap((s) => s.tokens)).toEqual(golden.output_ids.slice(0, maxTokens));
+      const steps = await answer(engine, golden, { maxTokens });
+      expect(tokensOf(steps)).toEqual(golden.output_ids.slice(0, maxTokens));
       expect(steps.at(-1)!.finish!.reason).toBe("length");
     }
   });

@@ -3,7 +3,7 @@ import { afterAll, beforeAll, expect, test } from "vitest";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import type { GenerateRequest } from "../shared/protocol.ts";
 import { start } from "./support/cli.ts";
-import { cases, collect, openEngine, prepare } from "./support/goldens.ts";
+import { cases, collect, openEngine, prepare, tokensOf } from "./support/goldens.ts";
 
 test("a thousand requests, with pictures, aborted or refused, leave nothing behind", async () => {
   const node = ["--expose-gc", "--max-semi-space-size=1", "test/support/thousand-requests.ts"];
@@ -28,14 +28,17 @@ function allocated(): number {
   engine.target[Symbol.dispose]();
   return engine.runtime.allocatedBytes;
 }
-const requestOf = async (id: string, change: Partial<GenerateRequest>) =>
-  (await prepare(engine, cases.find((c) => c.id === id)!, change)).request;
+/** Starts answers to one case. */
+async function asking(id: string, change: Partial<GenerateRequest>) {
+  const { request, images } = await prepare(engine, cases.find((c) => c.id === id)!, change);
+  return (signal = never) => engine.generate(request, images, signal);
+}
 
 test("an abort frees a sequence's memory within one cycle", async () => {
-  const request = await requestOf("00-describe", { maxTokens: 200 });
+  const ask = await asking("00-describe", { maxTokens: 200 });
   const free = allocated();
   const controller = new AbortController();
-  const steps = engine.generate(request, controller.signal);
+  const steps = ask(controller.signal);
   await steps.next();
   await steps.next();
   expect(engine.runtime.allocatedBytes).toBeGreaterThan(free);
@@ -45,28 +48,28 @@ test("an abort frees a sequence's memory within one cycle", async () => {
 });
 
 test("sequences that run side by side free their own memory only", async () => {
-  const request = await requestOf("06-ocr", { maxTokens: 20 });
-  const alone = await collect(engine.generate(request, never));
+  const ask = await asking("06-ocr", { maxTokens: 20 });
+  const alone = await collect(ask());
   const free = allocated();
-  const [kept, left] = [engine.generate(request, never), engine.generate(request, never)];
+  const [kept, left] = [ask(), ask()];
   const tokens: number[] = [...(await kept.next()).value!.tokens];
   await left.next();
   await left.return(undefined);
   for await (const step of kept) tokens.push(...step.tokens);
-  expect(tokens).toEqual(alone.flatMap((step) => step.tokens));
+  expect(tokens).toEqual(tokensOf(alone));
   expect(allocated()).toBe(free);
 });
 
 test("a sequence uses the memory of one that ended, and is not changed by it", async () => {
-  const long = await requestOf("00-describe", { maxTokens: 200 });
-  const short = await requestOf("06-ocr", { maxTokens: 20 });
+  const long = await asking("00-describe", { maxTokens: 200 });
+  const short = await asking("06-ocr", { maxTokens: 20 });
   allocated();
-  const alone = await collect(engine.generate(short, never));
-  await collect(engine.generate(long, never));
+  const alone = await collect(short());
+  await collect(long());
   const held = engine.runtime.allocatedBytes;
-  const steps = engine.generate(short, never);
+  const steps = short();
   const tokens = [...(await steps.next()).value!.tokens];
   expect(engine.runtime.allocatedBytes).toBe(held);
   for await (const step of steps) tokens.push(...step.tokens);
-  expect(tokens).toEqual(alone.flatMap((step) => step.tokens));
+  expect(tokens).toEqual(tokensOf(alone));
 });

@@ -3,7 +3,7 @@ import { afterAll, beforeAll, expect, test } from "vitest";
 import { DraftSequence } from "../gpu-worker/engine/draft.ts";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { expandPrompt } from "../gpu-worker/model/qwen/positions.ts";
-import { cases, maxDifference, openEngine, prepare } from "./support/goldens.ts";
+import { cases, maxDifference, openEngine, promptOf } from "./support/goldens.ts";
 
 let engine: LocalEngine;
 beforeAll(() => {
@@ -53,11 +53,9 @@ test("a prompt of three passes has the logits and the drafts of the same tokens 
 });
 
 test("a chunk may end inside a picture", async () => {
-  const { request, images } = await prepare(engine, cases.find(({ id }) => id === "16-describe2")!);
-  const grids = images.map(({ grid }) => grid);
-  const expanded = expandPrompt(request.tokens, grids, engine.model.config.imageToken);
+  const prompt = await promptOf(engine, cases.find(({ id }) => id === "16-describe2")!);
   const results = [512, 40, 7].map((chunk) => {
-    using sequence = engine.target.prefill({ expanded, imageRows: images.map(({ rows }) => rows) }, 64, STEP, chunk);
+    using sequence = engine.target.prefill(prompt, 64, STEP, chunk);
     using draft = new DraftSequence(engine.runtime, engine.model, sequence, STEP, 8, 4);
     const { tokens: drafts, logProbs } = draft.prefill(270, chunk);
     return [...sequence.firstLogits, ...[...drafts.subarray(0, 4)].map(Number), ...logProbs.subarray(0, 4)];

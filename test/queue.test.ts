@@ -1,6 +1,7 @@
-/** The fair queue: order of turns, leaving, and that no turn is lost. */
-import { expect, test } from "vitest";
-import { FairQueue } from "../gpu-worker/queue.ts";
+/** The fair queue: order of turns, leaving, bounds, and that no turn is lost. */
+import { expect, test, vi } from "vitest";
+import { FairQueue, type Place } from "../gpu-worker/queue.ts";
+import { ApiError } from "../shared/errors.ts";
 
 const never = new AbortController().signal;
 /** Lets everything that is ready run. */
@@ -9,14 +10,20 @@ const settle = () => new Promise<void>((resolve) => setImmediate(resolve));
 /** Asks for turns in order; `order` fills as they are given, and each is passed on by `next`. */
 function scene(queue: FairQueue) {
   const order: string[] = [];
-  const turns: Disposable[] = [];
-  const ask = (lane: string, name: string, signal = never) =>
-    queue.turn(lane, signal).then((turn) => {
-      order.push(name);
-      turns.push(turn);
-    });
+  const running: Place[] = [];
+  const ask = async (lane: string, name: string, signal = never) => {
+    const place = queue.enter(lane);
+    try {
+      await place.turn(signal);
+    } catch (error) {
+      place[Symbol.dispose]();
+      throw error;
+    }
+    order.push(name);
+    running.push(place);
+  };
   const next = async () => {
-    turns.shift()?.[Symbol.dispose]();
+    running.shift()?.[Symbol.dispose]();
     await settle();
   };
   return { order, ask, next };
@@ -32,12 +39,13 @@ test("lanes take turns, each first come first served", async () => {
 });
 
 test("as many run at once as the queue allows", async () => {
-  const { order, ask, next } = scene(new FairQueue(2));
+  const queue = new FairQueue({ running: 2 });
+  const { order, ask, next } = scene(queue);
   for (const name of ["a1", "a2", "a3"]) ask("a", name);
   await settle();
-  expect(order).toEqual(["a1", "a2"]);
+  expect([order, queue.running, queue.waiting]).toEqual([["a1", "a2"], 2, 1]);
   await next();
-  expect(order).toEqual(["a1", "a2", "a3"]);
+  expect([order, queue.running, queue.waiting]).toEqual([["a1", "a2", "a3"], 2, 0]);
 });
 
 test("an abort leaves the queue at once and keeps the others' places", async () => {
@@ -49,6 +57,7 @@ test("an abort leaves the queue at once and keeps the others' places", async () 
   const left = ask("c", "c1", gone.signal);
   ask("c", "c2");
   ask("a", "a2");
+  await settle();
   expect(queue.waiting).toBe(4);
   gone.abort(new Error("client left"));
   await expect(left).rejects.toThrow("client left");
@@ -60,22 +69,64 @@ test("an abort leaves the queue at once and keeps the others' places", async () 
 test("an abort after the turn was given changes nothing, one before refuses it", async () => {
   const queue = new FairQueue();
   const gone = new AbortController();
-  const turn = await queue.turn("a", gone.signal);
+  const place = queue.enter("a");
+  await place.turn(gone.signal);
   gone.abort(new Error("client left"));
-  await expect(queue.turn("a", gone.signal)).rejects.toThrow("client left");
-  turn[Symbol.dispose]();
-  using _ = await queue.turn("b", never);
-  expect(queue.waiting).toBe(0);
+  using other = queue.enter("a");
+  await expect(other.turn(gone.signal)).rejects.toThrow("client left");
+  place[Symbol.dispose]();
+  using third = queue.enter("b");
+  await third.turn(never);
+  expect(queue.running).toBe(1);
 });
 
 test("a turn that is passed on twice counts once", async () => {
   const queue = new FairQueue();
   const { order, ask } = scene(queue);
-  const turn = await queue.turn("a", never);
-  turn[Symbol.dispose]();
-  turn[Symbol.dispose]();
+  const place = queue.enter("a");
+  await place.turn(never);
+  place[Symbol.dispose]();
+  place[Symbol.dispose]();
   ask("a", "first");
   ask("a", "second");
   await settle();
   expect(order).toEqual(["first"]);
+});
+
+test("places are bounded in all and for a lane, whether they wait or are not ready yet, and are free again when left", () => {
+  const queue = new FairQueue({ waiting: 4, lane: 1 });
+  const refusal = (lane: string) => {
+    try {
+      queue.enter(lane);
+    } catch (error) {
+      expect(error).toBeInstanceOf(ApiError);
+      return error as ApiError;
+    }
+  };
+  const [a, , , , c] = ["a", "a", "b", "b", "c"].map((lane) => queue.enter(lane));
+  const full = { status: 429, code: "queue_full", retryAfter: 1 };
+  expect(refusal("d")).toMatchObject({ ...full, message: "The queue is full: 5 requests wait." });
+  a[Symbol.dispose]();
+  a[Symbol.dispose]();
+  expect(queue.waiting).toBe(4);
+  expect(refusal("b")).toMatchObject({ ...full, message: "The queue is full: 2 of your requests wait." });
+  const again = queue.enter("a");
+  expect(refusal("d")).toMatchObject(full);
+  for (const place of [again, c]) place[Symbol.dispose]();
+  expect(refusal("a")).toBeUndefined();
+  expect(refusal("a")).toMatchObject({ ...full, message: expect.stringContaining("2 of your") });
+});
+
+test("who is refused is told how long the queue takes, by what turns took", async () => {
+  const clock = vi.spyOn(performance, "now").mockReturnValue(0);
+  const queue = new FairQueue({ waiting: 3 });
+  const first = queue.enter("a");
+  await first.turn(never);
+  for (let i = 0; i < 3; i++) queue.enter("a");
+  expect(() => queue.enter("b")).toThrow(expect.objectContaining({ retryAfter: 1 }));
+  clock.mockReturnValue(4100);
+  first[Symbol.dispose]();
+  clock.mockRestore();
+  queue.enter("a");
+  expect(() => queue.enter("b")).toThrow(expect.objectContaining({ retryAfter: Math.ceil(4 * 4.1) }));
 });

@@ -3,15 +3,21 @@ import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { decode } from "../gpu-worker/decode/decode.ts";
 import { noDrafter } from "../gpu-worker/decode/drafters/drafter.ts";
 import type { TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
-import { distribution, Sampler, uniforms } from "../gpu-worker/decode/sample.ts";
+import { adjust, distribution, Sampler, seedOf, uniforms } from "../gpu-worker/decode/sample.ts";
 import { rootOnly, type Tree } from "../gpu-worker/decode/tree.ts";
-import { verify } from "../gpu-worker/decode/verify.ts";
+import { type Path, verify } from "../gpu-worker/decode/verify.ts";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
-import { expandPrompt } from "../gpu-worker/model/qwen/positions.ts";
 import type { Sampling } from "../shared/protocol.ts";
-import { cases, collect, openEngine, prepare, readGolden } from "./support/goldens.ts";
-
-const plain: Sampling = { temperature: 1, topP: 1, topK: 0, minP: 0, seed: 1 };
+import {
+  answer,
+  cases,
+  openEngine,
+  plainSampling as plain,
+  prepare,
+  promptOf,
+  readGolden,
+  tokensOf,
+} from "./support/goldens.ts";
 
 /** Probabilities of tokens as transformers' warpers define them, written without a thought for speed. */
 function warped(logits: ArrayLike<number>, { temperature, topK, topP, minP }: Sampling): number[] {
@@ -37,18 +43,15 @@ describe("the next token's distribution", () => {
 
   test.each([...new Set(rows.map((row) => row.case))])("%s: is that of transformers at every position", async (id) => {
     const golden = cases.find((c) => c.id === id)!;
-    const { request, images } = await prepare(engine, golden);
-    const expanded = expandPrompt(request.tokens, images.map((i) => i.grid), engine.model.config.imageToken); // biome-ignore format: one call
-    const prompt = { expanded, imageRows: images.map((i) => i.rows) };
-    const options = { sampler: new Sampler(request.sampling), maxTokens: 256, stopTokens: new Set<number>() };
+    const { request } = await prepare(engine, golden);
+    const options = { samplers: [new Sampler(request.sampling)], maxTokens: 256, stopTokens: new Set<number>() };
+    const signal = AbortSignal.timeout(60_000);
     const logits: Float32Array[] = [];
-    for await (const cycle of decode(engine.target, noDrafter, prompt, {
-      ...options,
-      signal: AbortSignal.timeout(60_000),
-    })) {
-      logits.push(cycle.logits(0).slice());
-      if (logits.length > Math.max(...rows.map((row) => row.position))) break;
-    }
+    for await (const cycles of decode(engine.target, noDrafter, await promptOf(engine, golden), { ...options, signal }))
+      for await (const cycle of cycles) {
+        logits.push(cycle.logits(0).slice());
+        if (logits.length > Math.max(...rows.map((row) => row.position))) break;
+      }
     for (const row of rows.filter((r) => r.case === id)) {
       const settings = { ...plain, temperature: row.temperature, topP: row.top_p };
       const weights = distribution(logits[row.position], settings);
@@ -95,10 +98,23 @@ const tableLogits = (prefix: readonly number[]) => {
 };
 const isLast = (token: number, length: number) => token === END || length >= LENGTH;
 
+const PROMPT = [2, 5];
+
+/** Bias and penalties after a text as vLLM defines them, written without a thought for speed. */
+function penalized(logits: Float32Array, text: readonly number[], s: Sampling): Float32Array {
+  return logits.map((value, token) => {
+    const biased = value + s.logitBias.reduce((sum, [id, bias]) => sum + (id === token ? bias : 0), 0);
+    const seen = [...PROMPT, ...text].includes(token);
+    const repeated = !seen ? biased : biased > 0 ? biased / s.repetitionPenalty : biased * s.repetitionPenalty;
+    const count = text.filter((other) => other === token).length;
+    return repeated - s.frequencyPenalty * count - (count > 0 ? s.presencePenalty : 0);
+  });
+}
+
 /** Every text that the target can give, with its probability. */
 function enumerate(settings: Sampling, prefix: number[] = [], probability = 1): Map<string, number> {
   const all = new Map<string, number>();
-  for (const [token, p] of warped(tableLogits(prefix), settings).entries()) {
+  for (const [token, p] of warped(penalized(tableLogits(prefix), prefix, settings), settings).entries()) {
     if (p === 0) continue;
     const text = [...prefix, token];
     if (isLast(token, text.length)) all.set(text.join(), probability * p);
@@ -124,19 +140,24 @@ function draft(past: readonly number[], widths: number[]): Tree {
   return tree;
 }
 
+type Judge = (...parameters: Parameters<typeof verify>) => Path | Promise<Path>;
+/** The logits of a tree's node: `path` is the text up to it, `text` that up to the root. */
+type Logits = (path: number[], text: number[]) => Float32Array;
+
 /** The decode loop over the table. */
-function sampleText(sampler: Sampler, widths: number[], judge: typeof verify): number[] {
-  const text = [sampler.next(tableLogits([]))];
+async function sampleText(sampler: Sampler, widths: number[], judge: Judge, target: Logits): Promise<number[]> {
+  const text = [await sampler.next(target([], []))];
   while (!isLast(text.at(-1)!, text.length)) {
     const tree = draft(text, widths);
     const logits = new Float32Array(tree.tokens.length * VOCABULARY);
     const paths: number[][] = [];
     for (const [node, token] of tree.tokens.entries()) {
       paths.push(node === 0 ? text.slice() : [...paths[tree.parents[node]], token]);
-      logits.set(tableLogits(paths[node]), node * VOCABULARY);
+      logits.set(target(paths[node], text), node * VOCABULARY);
     }
     const given = text.length;
-    text.push(...judge(tree, logits, VOCABULARY, sampler, (token, i) => isLast(token, given + i + 1)).tokens);
+    const path = await judge(tree, logits, VOCABULARY, sampler, (token, i) => isLast(token, given + i + 1));
+    text.push(...path.tokens);
   }
   return text;
 }
@@ -145,13 +166,17 @@ function sampleText(sampler: Sampler, widths: number[], judge: typeof verify): n
  * Pearson's χ² of texts drawn with seeds 1 … n against the exact distribution, as a standard normal score (Wilson and
  * Hilferty). Texts that are expected fewer than 5 times count as one. A text of probability zero makes it infinite.
  */
-function chiSquare(settings: Sampling, widths: number[], judge = verify, n = 12_000): number {
+async function chiSquare(
+  settings: Sampling,
+  widths: number[],
+  { judge = verify as Judge, n = 12_000, target = tableLogits as Logits, sampling = settings } = {},
+): Promise<number> {
   const exact = enumerate(settings);
   const counts = new Map<string, number>();
   for (let seed = 1; seed <= n; seed++) {
-    const text = sampleText(new Sampler({ ...settings, seed }), widths, judge).join();
-    if (!exact.has(text)) return Number.POSITIVE_INFINITY;
-    counts.set(text, (counts.get(text) ?? 0) + 1);
+    const text = await sampleText(new Sampler({ ...sampling, seed }, PROMPT), widths, judge, target);
+    if (!exact.has(text.join())) return Number.POSITIVE_INFINITY;
+    counts.set(text.join(), (counts.get(text.join()) ?? 0) + 1);
   }
   const cells: [count: number, expected: number][] = [];
   const rare: [number, number] = [0, 0];
@@ -166,6 +191,19 @@ function chiSquare(settings: Sampling, widths: number[], judge = verify, n = 12_
   return (Math.cbrt(statistic / (cells.length - 1)) - (1 - spread)) / Math.sqrt(spread);
 }
 
+const penalties: Sampling = {
+  ...plain,
+  ...{ repetitionPenalty: 1.3, presencePenalty: -0.5, frequencyPenalty: 1.2, logitBias: [[1, 0.8]] },
+};
+
+test("bias comes first, then the repetition penalty on both signs, then frequency and presence", () => {
+  const row = Float32Array.of(2, -1, 0.5, 4, -2, 3);
+  const sampling: Sampling = { ...plain, logitBias: [[1, 3], [3, -100]], repetitionPenalty: 2, frequencyPenalty: 0.25, presencePenalty: 1 }; // biome-ignore format: one row
+  // Tokens 1 and 4 are in the answer, once and three times; 0 and 2 in the prompt.
+  adjust(row, sampling, new Map([[1, 1], [4, 3]]), new Set([0, 1, 2, 4])); // biome-ignore format: one row
+  expect([...row]).toEqual([1, (-1 + 3) / 2 - 0.25 - 1, 0.25, -96, -2 * 2 - 0.75 - 1, 3]);
+});
+
 describe("sampling through a tree", () => {
   const settings: [string, Sampling][] = [
     ["T=1", plain],
@@ -174,6 +212,10 @@ describe("sampling through a tree", () => {
     ["top_k 3", { ...plain, topK: 3 }],
     ["min_p 0.2", { ...plain, minP: 0.2 }],
     ["T=1.3, top_k 4, top_p 0.8, min_p 0.1", { ...plain, temperature: 1.3, topK: 4, topP: 0.8, minP: 0.1 }],
+    ["presence 1, frequency 0.7", { ...plain, presencePenalty: 1, frequencyPenalty: 0.7 }],
+    ["repetition 1.8", { ...plain, repetitionPenalty: 1.8 }],
+    ["logit_bias", { ...plain, logitBias: [[3, 1.5], [0, -2], [4, -100]] }], // biome-ignore format: one row
+    ["all penalties, T=0.8, top_k 5", { ...penalties, temperature: 0.8, topK: 5 }],
   ];
   const shapes: [string, number[]][] = [
     ["no tree", []],
@@ -183,11 +225,11 @@ describe("sampling through a tree", () => {
     ["a tree of all texts", [6, 6]],
   ];
 
-  test.each(shapes)("gives the target's own distribution with %s", (_name, widths) => {
-    for (const [name, setting] of settings) expect(chiSquare(setting, widths), name).toBeLessThan(3.5);
+  test.each(shapes)("gives the target's own distribution with %s", async (_name, widths) => {
+    for (const [name, setting] of settings) expect(await chiSquare(setting, widths), name).toBeLessThan(3.5);
   });
 
-  const biased: [string, typeof verify][] = [
+  const biased: [string, Judge][] = [
     [
       "accepts its first child whatever the target says",
       (tree, logits, vocabulary, sampler, last) => {
@@ -198,11 +240,11 @@ describe("sampling through a tree", () => {
     ],
     [
       "draws anew, the rejected child among the choices",
-      (tree, logits, vocabulary, sampler) => {
+      async (tree, logits, vocabulary, sampler) => {
         const child = tree.parents.indexOf(0);
         const row = logits.subarray(0, vocabulary);
-        const tokens = [sampler.next(row)];
-        if (child >= 0 && tokens[0] !== tree.tokens[child]) tokens[0] = sampler.next(row);
+        const tokens = [await sampler.next(row)];
+        if (child >= 0 && tokens[0] !== tree.tokens[child]) tokens[0] = await sampler.next(row);
         return { nodes: [0], tokens };
       },
     ],
@@ -217,20 +259,36 @@ describe("sampling through a tree", () => {
       },
     ],
   ];
-  test.each(biased)("is caught by the same measure when the verifier %s", (_name, judge) => {
-    expect(chiSquare(plain, [1, 1, 1], judge, 2000)).toBeGreaterThan(8);
+  test.each(biased)("is caught by the same measure when the verifier %s", async (_name, judge) => {
+    expect(await chiSquare(plain, [1, 1, 1], { judge, n: 2000 })).toBeGreaterThan(8);
   });
 
-  test("never gives a token of probability zero", () => {
+  const forgetful: [string, Logits][] = [
+    ["count nothing of the path inside the tree", (path, text) => penalized(tableLogits(path), text, penalties)],
+    ["count the last token of the path twice", (path) => penalized(tableLogits(path), [...path, ...path.slice(-1)], penalties)], // biome-ignore format: one row
+    ["are left out", (path) => tableLogits(path)],
+  ];
+  test.each(forgetful)("is caught by the same measure when penalties %s", async (_name, target) => {
+    const wrong = await chiSquare(penalties, [6, 6], { target, sampling: plain, n: 4000 });
+    expect(wrong).toBeGreaterThan(8);
+    const right: Logits = (path) => penalized(tableLogits(path), path, penalties);
+    expect(await chiSquare(penalties, [6, 6], { target: right, sampling: plain, n: 4000 })).toBeLessThan(3.5);
+  });
+
+  test("never gives a token of probability zero", async () => {
     const logits = Float32Array.of(1, -Infinity, 0.5, -Infinity, 3, -200);
     const tree: Tree = { tokens: [9, 1, 3, 0], parents: [-1, 0, 0, 0], depths: [0, 1, 1, 1], scores: [0, 0, 0, 0] };
     const rows = Float32Array.from({ length: 4 * 6 }, (_, i) => logits[i % 6]);
     for (const [name, setting] of [...settings, ["T=0", { ...plain, temperature: 0 }] as const]) {
-      const possible = setting.temperature === 0 ? [0, 0, 0, 0, 1, 0] : warped(logits, setting);
       for (let seed = 0; seed < 3000; seed++) {
-        const sampler = new Sampler({ ...setting, seed });
-        for (const token of verify(tree, rows, 6, sampler, () => false).tokens)
+        const text: number[] = [];
+        const { tokens } = await verify(tree, rows, 6, new Sampler({ ...setting, seed }, PROMPT), () => false);
+        for (const token of tokens) {
+          const row = penalized(logits, text, setting);
+          const possible = setting.temperature === 0 ? [0, 0, 0, 0, 1, 0] : warped(row, setting);
           expect(possible[token], `${name} seed ${seed}`).toBeGreaterThan(0);
+          text.push(token);
+        }
       }
     }
   });
@@ -240,6 +298,21 @@ describe("sampling through a tree", () => {
     expect(new Set(seeds.map((seed) => uniforms(seed)())).size).toBe(seeds.length);
     const mean = Array.from({ length: 10_000 }, (_, seed) => uniforms(seed)()).reduce((a, b) => a + b) / 10_000;
     expect(Math.abs(mean - 0.5)).toBeLessThan(0.01);
+  });
+
+  test("a choice's seed is the request's plus its number, and goes round at the end", () => {
+    const most = Number.MAX_SAFE_INTEGER;
+    const seeds: [seed: number, i: number, wanted: number][] = [
+      [7, 0, 7],
+      [7, 3, 10],
+      [-2, 5, 3],
+      [-most, 15, 15 - most],
+      [most, 0, most],
+      [most - 1, 1, most],
+      [most, 1, -most],
+      [most - 2, 15, 12 - most],
+    ];
+    for (const [seed, i, wanted] of seeds) expect(seedOf(seed, i), `${seed} + ${i}`).toBe(wanted);
   });
 });
 
@@ -260,9 +333,7 @@ describe("a seed's text from the engine", () => {
     try {
       const all: number[][] = [];
       for (const { golden, sampling } of runs) {
-        const { request } = await prepare(engine, golden, { sampling, maxTokens: 200 });
-        const steps = await collect(engine.generate(request, AbortSignal.timeout(60_000)));
-        all.push(steps.flatMap(({ tokens }) => tokens));
+        all.push(tokensOf(await answer(engine, golden, { sampling, maxTokens: 200 })));
       }
       return all;
     } finally {

@@ -129,6 +129,8 @@ describe("a byte-fallback vocabulary", () => {
   test("begins a prompt with its beginning-of-sequence token, once", () => {
     expect(llama.encodePrompt("b")).toEqual([1, 3]);
     expect(llama.encodePrompt("<s>b")).toEqual([1, 3]);
+    const spelled = llama.encodePrompt(llama.literal("<s>b"));
+    expect([spelled.indexOf(1), spelled.lastIndexOf(1), spelled.at(-1)]).toEqual([0, 0, 3]);
   });
 });
 

@@ -1,9 +1,10 @@
 /** `vispec bench`: how fast the model answers here, plain and with drafts, in one run. Prints; asserts nothing. */
+import { randomBytes } from "node:crypto";
 import { readFileSync } from "node:fs";
 import { cpus } from "node:os";
 import { join } from "node:path";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
-import type { GenerateRequest } from "../../shared/protocol.ts";
+import { type GenerateRequest, imageKey } from "../../shared/protocol.ts";
 import type { Costs } from "../decode/drafters/plan.ts";
 import type { Finish } from "../engine.ts";
 import { type EngineOptions, LocalEngine } from "../engine-local.ts";
@@ -59,7 +60,7 @@ class Contender {
   readonly name: string;
   readonly engine: LocalEngine;
   readonly rows: Row[] = [];
-  #requests: GenerateRequest[] = [];
+  #requests: { request: GenerateRequest; images: string[] }[] = [];
 
   constructor(name: string, options: EngineOptions) {
     this.name = name;
@@ -68,17 +69,21 @@ class Contender {
 
   async prepare(): Promise<void> {
     const model = new ChatModel(this.engine.info);
+    const asker = { id: "bench", tenant: "" };
     for (const url of dataUrls()) {
-      const { request, images } = await prepareChat({ messages: messages(url), temperature: 0 }, model, "bench");
-      for (const [hash, { bytes }] of images) await this.engine.putImage(hash, bytes);
-      this.#requests.push({ ...request, maxTokens: 256 });
+      const chat = { messages: messages(url), temperature: 0, max_tokens: 256 };
+      const { request, images } = await prepareChat(chat, model, asker);
+      const [{ hash, limits }] = request.images;
+      const key = imageKey(request.tenant, hash!, limits);
+      await this.engine.putImage(key, images.get(hash!)!.bytes, limits);
+      this.#requests.push({ request, images: [key] });
     }
   }
 
   async round(signal: AbortSignal): Promise<void> {
     const all: Finish[] = [];
-    for (const request of this.#requests)
-      for await (const step of this.engine.generate(request, signal)) if (step.finish) all.push(step.finish);
+    for (const { request, images } of this.#requests)
+      for await (const step of this.engine.generate(request, images, signal)) if (step.finish) all.push(step.finish);
     this.rows.push(summarize(this.name, all));
   }
 
@@ -94,8 +99,9 @@ class Contender {
 async function throughEdge(options: EngineOptions, rounds: number, signal: AbortSignal) {
   const begun = performance.now();
   const engine = await startEngine(options);
-  const server = await startServer(engine, { port: 0, host: "127.0.0.1" });
-  const edge = await startEdge({ port: 0, upstream: server.url });
+  const secret = randomBytes(32).toString("hex");
+  const server = await startServer(engine, { port: 0, host: "127.0.0.1", secret });
+  const edge = await startEdge({ port: 0, upstream: server.url, secret });
   const ready = performance.now() - begun;
   try {
     const [speeds, firsts]: number[][] = [[], []];

@@ -4,6 +4,7 @@ import { dirname, resolve } from "node:path";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import { ApiError, toApiError } from "../../shared/errors.ts";
 import { parseChatRequest } from "../../shared/parse.ts";
+import { imageKey, type PixelLimits } from "../../shared/protocol.ts";
 import type { Finish } from "../engine.ts";
 import { LocalEngine } from "../engine-local.ts";
 import { engineOptions, type Flags, number, parseFlags, UsageError } from "./options.ts";
@@ -80,16 +81,18 @@ export async function generateCommand(args: string[], signal: AbortSignal): Prom
   const engine = new LocalEngine(engineOptions(flags));
   try {
     await engine.warmUp();
-    const { request, images } = await prepareChat(chat, new ChatModel(engine.info), "generate");
+    const asker = { id: "generate", tenant: "" };
+    const { request, images } = await prepareChat(chat, new ChatModel(engine.info), asker);
     const begun = performance.now();
-    for (const [hash, { bytes, where }] of images) {
-      const file = files[request.images.indexOf(hash)];
-      await putImage(engine, hash, bytes, file ? `image ${file}` : where);
+    const keys: string[] = [];
+    for (const [i, { hash, limits, where }] of request.images.entries()) {
+      keys.push(imageKey(request.tenant, hash!, limits));
+      await putImage(engine, keys[i], images.get(hash!)!.bytes, limits, files[i] ? `image ${files[i]}` : where);
     }
     const vision = performance.now() - begun;
     const tokens: number[] = [];
     let text = "";
-    for await (const step of engine.generate(request, signal)) {
+    for await (const step of engine.generate(request, keys, signal)) {
       tokens.push(...step.tokens);
       text += step.text;
       if (!flags.json) print(step.text, step.draftText);
@@ -100,9 +103,15 @@ export async function generateCommand(args: string[], signal: AbortSignal): Prom
   }
 }
 
-async function putImage(engine: LocalEngine, hash: string, bytes: Uint8Array, name: string): Promise<void> {
+async function putImage(
+  engine: LocalEngine,
+  key: string,
+  bytes: Uint8Array,
+  limits: PixelLimits,
+  name: string,
+): Promise<void> {
   try {
-    await engine.putImage(hash, bytes);
+    await engine.putImage(key, bytes, limits);
   } catch (thrown) {
     const error = toApiError(thrown);
     throw error.status >= 500 ? thrown : new ApiError(error.status, `${name}: ${error.message}`, { cause: thrown });

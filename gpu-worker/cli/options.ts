@@ -24,7 +24,7 @@ export function parseFlags(args: string[], values: string[], lists: string[] = [
   try {
     return parseArgs({ args, options, strict: true, allowPositionals: false }).values as Flags;
   } catch (error) {
-    throw new UsageError((error as Error).message, { cause: error });
+    throw new UsageError((error as Error).message.replaceAll("\n", " "), { cause: error });
   }
 }
 
@@ -43,7 +43,8 @@ export function number(
   return value;
 }
 
-function oneOf<T extends string>(flags: Flags, name: string, choices: readonly T[]): T | undefined {
+/** One of the choices, or undefined when the flag is absent. */
+export function oneOf<T extends string>(flags: Flags, name: string, choices: readonly T[]): T | undefined {
   const value = flags[name];
   if (value === undefined) return undefined;
   if (!choices.includes(value as T))

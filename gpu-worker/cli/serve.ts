@@ -1,35 +1,94 @@
 /** `vispec serve`: the GPU worker alone. `npm start`: the worker and the edge before it, on this machine. */
+import { randomBytes } from "node:crypto";
+import { setTimeout as sleep } from "node:timers/promises";
 import { startEngine } from "../engine-process.ts";
-import { startServer } from "../server.ts";
+import { isLoopback } from "../http.ts";
+import { logToStderr as log } from "../log.ts";
+import { type ServerOptions, startServer } from "../server.ts";
 import { startEdge } from "../start.ts";
-import { engineOptions, number, parseFlags, UsageError } from "./options.ts";
+import { engineOptions, type Flags, number, oneOf, parseFlags, UsageError } from "./options.ts";
 
-export const SERVE_HELP = `vispec serve [--port N] [--host ADDRESS] [--model DIR] [--draft DIR] [--drafter vispec|none]
-  [--total-token N --depth N --top-k-draft N] [--device cpu|cuda|webgpu] [--threads N]`;
+export const SERVE_HELP = `vispec serve [--port N] [--host ADDRESS] [--max-waiting N] [--deadline SECONDS] [--drain SECONDS]
+  [--image-urls off|public|any] [--model DIR] [--draft DIR] [--drafter vispec|none]
+  [--total-token N --depth N --top-k-draft N] [--device cpu|cuda|webgpu] [--threads N]
+  npm start takes the same but for --port (PORT) and --host; API_KEYS and CORS_ORIGINS are the edge's.
+  WORKER_SECRET is what edge and worker share; a --host that is not this machine alone needs it.
+  SIGTERM refuses new requests, and ends when those under way are answered, after --drain seconds at the latest.`;
+
+/** What `serve` and `start` have in common. */
+const SERVICE_FLAGS = ["max-waiting", "deadline", "drain", "image-urls"];
+/** Seconds; a timer cannot hold more than 2^31 milliseconds. */
+const LONGEST = 86_400;
 
 const EXAMPLE = "test/goldens/qwen/images/00-describe-0.png";
 
-/** Resolves once the signal is aborted and everything is closed. */
-export async function serveCommand(args: string[], signal: AbortSignal): Promise<void> {
-  const flags = parseFlags(args, ["port", "host"]);
+/** A signal that ends at once, and one that lets finish what is under way. */
+export interface EndSignals {
+  interrupt: AbortSignal;
+  terminate: AbortSignal;
+}
+
+/** Resolves once it was told to terminate and everything is closed; throws the reason of an interrupt. */
+export async function serveCommand(args: string[], signals: EndSignals): Promise<void> {
+  const flags = parseFlags(args, ["port", "host", ...SERVICE_FLAGS]);
   const port = number(flags, "port", { min: 0, max: 65535 }) ?? 8788;
-  await using engine = disposable(await startEngine(engineOptions(flags)));
-  await using server = disposable(await startServer(engine, { port, host: (flags.host as string) ?? "127.0.0.1" }));
+  const host = (flags.host as string) ?? "127.0.0.1";
+  const secret = process.env.WORKER_SECRET;
+  if (!secret && !isLoopback(host))
+    throw new UsageError(`--host ${host} can be reached from elsewhere, so WORKER_SECRET must be set`);
+  const options = { ...serviceOptions(flags), port, host, secret };
+  const drain = drainSeconds(flags);
+  await using engine = disposable(await startEngine(engineOptions(flags), { log }));
+  await using server = disposable(await startServer(engine, options));
   console.log(`${engine.info.id} is served at ${server.url}`);
-  await aborted(signal);
+  await untilEnd(() => server.drain(), drain, signals);
 }
 
 /** The edge takes the port that PORT names (0: a free one); the worker a free one, on loopback. */
-export async function startCommand(args: string[], signal: AbortSignal): Promise<void> {
-  const flags = parseFlags(args, []);
+export async function startCommand(args: string[], signals: EndSignals): Promise<void> {
+  const flags = parseFlags(args, SERVICE_FLAGS);
   const port = Number(process.env.PORT || "8787");
   if (!Number.isInteger(port) || port < 0 || port > 65535)
     throw new UsageError(`PORT is ${process.env.PORT}; it must be a whole number from 0 to 65535`);
-  await using engine = disposable(await startEngine(engineOptions(flags)));
-  await using server = disposable(await startServer(engine, { port: 0, host: "127.0.0.1" }));
-  await using edge = disposable(await startEdge({ port, upstream: server.url }));
+  const secret = process.env.WORKER_SECRET || randomBytes(32).toString("hex");
+  const options = { ...serviceOptions(flags), port: 0, host: "127.0.0.1", secret };
+  const drain = drainSeconds(flags);
+  await using engine = disposable(await startEngine(engineOptions(flags), { log }));
+  await using server = disposable(await startServer(engine, options));
+  const { API_KEYS: apiKeys, CORS_ORIGINS: corsOrigins } = process.env;
+  const edgeOptions = { port, upstream: server.url, secret, apiKeys, corsOrigins, log };
+  await using edge = disposable(await startEdge(edgeOptions));
+  log("info", "the GPU worker listens", { url: server.url });
   console.log(`${engine.info.id} answers at ${edge.url}. Ask it about a picture:\n\n${curl(edge.url)}\n`);
-  await aborted(signal);
+  // The edge comes second: it has to pass on what the worker has written last.
+  await untilEnd(() => server.drain().then(() => edge.drain()), drain, signals);
+}
+
+function serviceOptions(flags: Flags): Partial<ServerOptions> {
+  return {
+    imageUrls: oneOf(flags, "image-urls", ["off", "public", "any"]),
+    maxWaiting: number(flags, "max-waiting", { min: 0 }),
+    deadline: number(flags, "deadline", { min: 1, max: LONGEST }),
+    log,
+  };
+}
+
+function drainSeconds(flags: Flags): number {
+  return number(flags, "drain", { min: 0, max: LONGEST }) ?? 120;
+}
+
+/** Waits for a signal. When told to terminate, work under way ends first, for so many seconds at most. */
+async function untilEnd(
+  drain: () => Promise<void>,
+  seconds: number,
+  { interrupt, terminate }: EndSignals,
+): Promise<void> {
+  await Promise.race([aborted(interrupt), aborted(terminate)]);
+  if (!interrupt.aborted) {
+    log("info", "draining", { seconds });
+    await Promise.race([drain(), sleep(seconds * 1000, undefined, { ref: false }), aborted(interrupt)]);
+  }
+  interrupt.throwIfAborted();
 }
 
 /** A command that works as pasted, in the project's root. */

@@ -1,6 +1,6 @@
 /** The decode loop: prefill, then cycles of propose, score, verify, commit. Knows no text and no stop string. */
 import { setImmediate } from "node:timers/promises";
-import type { Fresh } from "../engine/context.ts";
+import type { Context, Fresh } from "../engine/context.ts";
 import type { Prompt, Target } from "../engine/target.ts";
 import type { Drafter } from "./drafters/drafter.ts";
 import type { Sampler } from "./sample.ts";
@@ -13,7 +13,7 @@ export interface Cycle {
   accepted: number;
   /** How many drafts were proposed. */
   drafted: number;
-  /** The target's logits that tokens[i] was drawn from, [V]; valid until the next cycle. */
+  /** The target's logits that tokens[i] was drawn from, before bias, penalties and constraint, [V]; valid until the next cycle. */
   logits(i: number): Float32Array;
   /** Milliseconds. */
   draftMs: number;
@@ -21,8 +21,9 @@ export interface Cycle {
 }
 
 export interface DecodeOptions {
-  sampler: Sampler;
-  /** The most tokens to give. */
+  /** One a choice. */
+  samplers: readonly Sampler[];
+  /** The most tokens of a choice. */
   maxTokens: number;
   /** Tokens after which nothing follows. */
   stopTokens: ReadonlySet<number>;
@@ -30,36 +31,45 @@ export interface DecodeOptions {
 }
 
 /**
- * Decodes one sequence, a cycle at a time; ends after a stop token or maxTokens. Leaving the generator frees the
- * sequence's memory. Throws the signal's reason within one cycle of an abort.
+ * Decodes a prompt's choices one after the other, from one prefill, each a cycle at a time: a choice ends after a stop
+ * token or maxTokens, or when its loop is left. Leaving the outer loop frees the sequence's memory. Throws the signal's
+ * reason within one cycle of an abort.
  */
 export async function* decode(
   target: Target,
   drafter: Drafter,
   prompt: Prompt,
   options: DecodeOptions,
+): AsyncGenerator<AsyncGenerator<Cycle>> {
+  options.signal.throwIfAborted();
+  const begun = performance.now();
+  using context = target.prefill(prompt, options.maxTokens, drafter.maxTree);
+  // Trees are scored into the same memory.
+  const logits = options.samplers.length > 1 ? context.firstLogits.slice() : context.firstLogits;
+  const prefilled = { context, logits, milliseconds: performance.now() - begun };
+  for (const sampler of options.samplers) {
+    yield decodeChoice(prefilled, drafter, sampler, options);
+    context.rewind();
+    prefilled.milliseconds = 0;
+  }
+}
+
+async function* decodeChoice(
+  prefilled: { context: Context; logits: Float32Array; milliseconds: number },
+  drafter: Drafter,
+  sampler: Sampler,
+  { maxTokens, stopTokens, signal }: DecodeOptions,
 ): AsyncGenerator<Cycle> {
-  const { sampler, maxTokens, stopTokens, signal } = options;
-  const vocabulary = target.vocabulary;
+  const { context, logits: row, milliseconds: verifyMs } = prefilled;
+  const vocabulary = row.length;
   let given = 0;
   const last = (token: number, index: number) => stopTokens.has(token) || given + index + 1 >= maxTokens;
-
-  signal.throwIfAborted();
-  const begun = performance.now();
-  using context = target.prefill(prompt, maxTokens, drafter.maxTree);
-  const first = sampler.next(context.firstLogits);
-  yield {
-    tokens: [first],
-    accepted: 0,
-    drafted: 0,
-    logits: () => context.firstLogits,
-    draftMs: 0,
-    verifyMs: performance.now() - begun,
-  };
+  const first = await sampler.next(row);
+  yield { tokens: [first], accepted: 0, drafted: 0, logits: () => row, draftMs: 0, verifyMs };
   if (last(first, 0)) return;
   given = 1;
   const drafting = drafter.start(context);
-  for (let fresh: Fresh = { rows: [prompt.expanded.tokens.length - 1], next: [first] }; ; ) {
+  for (let fresh: Fresh = { rows: [context.cache.length - 1], next: [first] }; ; ) {
     await setImmediate(); // lets messages in: a cancellation above all
     signal.throwIfAborted();
     const start = performance.now();
@@ -67,7 +77,7 @@ export async function* decode(
     const proposed = performance.now();
     const logits = context.score(tree);
     const scored = performance.now();
-    const path: Path = verify(tree, logits, vocabulary, sampler, last);
+    const path: Path = await verify(tree, logits, vocabulary, sampler, last);
     fresh = context.commit(path);
     yield {
       tokens: path.tokens,

@@ -8,30 +8,67 @@ import type { Finish, Step, TokenLogprob } from "../engine.ts";
 import type { Model } from "../model/model.ts";
 import { expandPrompt } from "../model/qwen/positions.ts";
 import { type Cycle, decode } from "./decode.ts";
-import type { Drafter } from "./drafters/drafter.ts";
-import { Sampler } from "./sample.ts";
+import { type Drafter, noDrafter } from "./drafters/drafter.ts";
+import type { Grammars } from "./grammar.ts";
+import { Sampler, seedOf } from "./sample.ts";
 import { StopStrings } from "./stop.ts";
 
-/** The last step's news of the whole generation, as it grows. */
-class Tally {
-  readonly finish: Omit<Finish, "reason">;
-  readonly #begun = performance.now();
+/** What is the same for all choices of a request. */
+interface Asked {
+  request: GenerateRequest;
+  tokenizer: Tokenizer;
+  promptTokens: number;
+  imageTokens: number;
+  maxTokens: number;
+  stopTokens: ReadonlySet<number>;
+}
 
-  constructor(promptTokens: number, imageTokens: number) {
-    this.finish = {
-      promptTokens,
-      imageTokens,
-      completionTokens: 0,
-      cycles: 0,
-      acceptedPerCycle: [],
-      drafted: 0,
-      timings: { prefill: 0, draft: 0, verify: 0, total: 0 },
-    };
+/** Turns one choice's cycles into steps, and counts. */
+class Writer {
+  readonly #choice: number;
+  readonly #asked: Asked;
+  /** Milliseconds, as performance.now() has it. */
+  readonly #begun: number;
+  readonly #detokenizer: Detokenizer;
+  readonly #stops: StopStrings;
+  readonly #finish: Omit<Finish, "reason">;
+
+  constructor(choice: number, asked: Asked, begun: number) {
+    this.#choice = choice;
+    this.#asked = asked;
+    this.#begun = begun;
+    this.#detokenizer = new Detokenizer(asked.tokenizer);
+    this.#stops = new StopStrings(asked.request.stop);
+    const { promptTokens, imageTokens } = asked;
+    const timings = { prefill: 0, draft: 0, verify: 0, total: 0 };
+    const counts = { completionTokens: 0, cycles: 0, acceptedPerCycle: [], drafted: 0 };
+    this.#finish = { promptTokens, imageTokens, ...counts, timings };
   }
 
-  add(cycle: Cycle): void {
-    const { finish } = this;
-    if (finish.timings.prefill === 0) {
+  /** The step of a cycle; with `finish` it is the choice's last, and the rest of the cycle is cut off. */
+  step(cycle: Cycle): Step {
+    const { logprobs } = this.#asked.request;
+    this.#count(cycle);
+    const step: Step = { choice: this.#choice, tokens: [], accepted: cycle.accepted, text: "", draftText: 0 };
+    if (logprobs !== null) step.logprobs = [];
+    for (const [i, token] of cycle.tokens.entries()) {
+      step.tokens.push(token);
+      this.#finish.completionTokens++;
+      if (logprobs !== null) step.logprobs!.push(logprobsOf(cycle.logits(i), token, logprobs));
+      const reason = this.#write(step, token);
+      if (i < cycle.accepted) step.draftText = step.text.length;
+      if (reason === null) continue;
+      step.accepted = Math.min(step.accepted, step.tokens.length);
+      this.#finish.timings.total = performance.now() - this.#begun;
+      step.finish = { ...this.#finish, reason };
+      break;
+    }
+    return step;
+  }
+
+  #count(cycle: Cycle): void {
+    const finish = this.#finish;
+    if (finish.completionTokens === 0) {
       finish.timings.prefill = cycle.verifyMs;
       return;
     }
@@ -42,9 +79,18 @@ class Tally {
     finish.timings.verify += cycle.verifyMs;
   }
 
-  end(reason: Finish["reason"]): Finish {
-    this.finish.timings.total = performance.now() - this.#begun;
-    return { ...this.finish, reason };
+  /** Adds a token's text to the step; says why the choice ends with it, if it does. */
+  #write(step: Step, token: number): Finish["reason"] | null {
+    const { stopTokens, maxTokens } = this.#asked;
+    const stop = stopTokens.has(token);
+    const { text, stopped } = this.#stops.push(stop ? this.#detokenizer.flush() : this.#detokenizer.push(token));
+    step.text += text;
+    if (!stop && !stopped && this.#finish.completionTokens < maxTokens) return null;
+    if (!stopped) {
+      const rest = this.#stops.push(this.#detokenizer.flush());
+      step.text += rest.stopped ? rest.text : rest.text + this.#stops.flush();
+    }
+    return stop || stopped ? "stop" : "length";
   }
 }
 
@@ -66,78 +112,79 @@ export function logprobsOf(logits: Float32Array, token: number, n: number): Toke
 }
 
 /**
- * One request, cycle by cycle; the last step has `finish`. `images` are the pictures' rows in the order of the request.
- * Throws ApiError 400 when prompt and answer do not fit the context, and the signal's reason when it is aborted.
+ * All choices of one request, cycle by cycle; each one's last step has `finish`. `images` are the pictures' rows in the
+ * order of the request. Throws ApiError 400 for a request that does not fit the model or its context, and for a schema
+ * that cannot be kept to; the signal's reason when it is aborted.
  */
 export async function* generate(
-  engine: { model: Model; target: Target; tokenizer: Tokenizer; drafter: Drafter },
+  engine: { model: Model; target: Target; tokenizer: Tokenizer; drafter: Drafter; grammars: Grammars },
   request: GenerateRequest,
   images: ImageRows[],
   signal: AbortSignal,
 ): AsyncGenerator<Step> {
-  const { model, target, tokenizer, drafter } = engine;
-  const { imageToken, contextLength, eosTokens } = model.config;
+  const { model, target, tokenizer } = engine;
+  const { imageToken, contextLength, eosTokens, language } = model.config;
+  checkTokens(request, language.vocabulary);
   const grids = images.map(({ grid }) => grid);
   const expanded = expandPrompt(request.tokens, grids, imageToken);
-  checkTokens(request.tokens, model.config.language.vocabulary);
-  const maxTokens = roomFor(expanded.tokens.length, request.maxTokens, contextLength);
-  const stopTokens = new Set([...eosTokens, ...request.stopTokenIds]);
-  const detokenizer = new Detokenizer(tokenizer);
-  const stops = new StopStrings(request.stop);
+  const promptTokens = expanded.tokens.length;
   const imageTokens = expanded.images.reduce((sum, { count }) => sum + count, 0);
-  const tally = new Tally(expanded.tokens.length, imageTokens);
-  const options = { sampler: new Sampler(request.sampling), maxTokens, stopTokens, signal };
+  const maxTokens = roomFor(promptTokens, request, contextLength);
+  const stopTokens = new Set([...(request.ignoreEos ? [] : eosTokens), ...request.stopTokenIds]);
+  const asked = { request, tokenizer, promptTokens, imageTokens, maxTokens, stopTokens };
+  using matchers = new DisposableStack();
+  const samplers: Sampler[] = [];
+  for (let choice = 0; choice < request.n; choice++) {
+    const sampling = { ...request.sampling, seed: seedOf(request.sampling.seed, choice) };
+    const matcher = request.json ? matchers.use(await engine.grammars.open(request.json, stopTokens)) : undefined;
+    samplers.push(new Sampler(sampling, expanded.tokens, matcher));
+  }
   const prompt = { expanded, imageRows: images.map((i) => i.rows) };
-
-  for await (const cycle of decode(target, drafter, prompt, options)) {
-    tally.add(cycle);
-    const step: Step = { tokens: [], accepted: cycle.accepted, text: "", draftText: 0 };
-    if (request.logprobs !== null) step.logprobs = [];
-    for (const [i, token] of cycle.tokens.entries()) {
-      step.tokens.push(token);
-      tally.finish.completionTokens++;
-      if (request.logprobs !== null) step.logprobs!.push(logprobsOf(cycle.logits(i), token, request.logprobs));
-      const stop = stopTokens.has(token);
-      const { text, stopped } = stops.push(stop ? detokenizer.flush() : detokenizer.push(token));
-      step.text += text;
-      if (i < cycle.accepted) step.draftText = step.text.length;
-      if (!stop && !stopped && tally.finish.completionTokens < maxTokens) continue;
-      if (!stopped) {
-        const rest = stops.push(detokenizer.flush());
-        step.text += rest.stopped ? rest.text : rest.text + stops.flush();
-      }
-      step.accepted = Math.min(step.accepted, step.tokens.length);
-      step.finish = tally.end(stop || stopped ? "stop" : "length");
+  const drafter = request.plain ? noDrafter : engine.drafter;
+  let choice = 0;
+  let begun = performance.now();
+  for await (const cycles of decode(target, drafter, prompt, { samplers, maxTokens, stopTokens, signal })) {
+    const writer = new Writer(choice++, asked, begun);
+    for await (const cycle of cycles) {
+      const step = writer.step(cycle);
       yield step;
-      return;
+      if (step.finish) break;
     }
-    yield step;
+    begun = performance.now();
   }
 }
 
-function checkTokens(tokens: readonly number[], vocabulary: number): void {
-  const bad = tokens.find((t) => t >= vocabulary);
-  if (bad !== undefined) throw new ApiError(400, `token ${bad} is not in the vocabulary of ${vocabulary}`);
+/** The parameter that a prompt came in. */
+const promptParam = ({ kind }: GenerateRequest) => (kind === "chat" ? "messages" : "prompt");
+
+function checkTokens(request: GenerateRequest, vocabulary: number): void {
+  const { tokens, sampling, stopTokenIds, json, ignoreEos } = request;
+  const check = (ids: readonly number[], param: string) => {
+    const bad = ids.find((id) => id >= vocabulary);
+    if (bad === undefined) return;
+    throw new ApiError(400, `${param}: token ${bad} is not in the vocabulary of ${vocabulary}`, { param });
+  };
+  check(tokens, promptParam(request));
+  check(sampling.logitBias.map(([token]) => token), "logit_bias"); // biome-ignore format: one line
+  check(stopTokenIds, "stop_token_ids");
+  if (json && ignoreEos) {
+    const why = "ignore_eos: an answer in JSON ends where its grammar does, with the end-of-sequence token";
+    throw new ApiError(400, why, { param: "ignore_eos" });
+  }
 }
 
-/** How many tokens the answer may have. */
-function roomFor(prompt: number, asked: number | null, context: number): number {
+/** How many tokens a choice may have. */
+function roomFor(prompt: number, request: GenerateRequest, context: number): number {
+  const { maxTokens } = request;
   const room = context - prompt;
   const code = "context_length_exceeded";
-  if (room < 1)
-    throw new ApiError(
-      400,
-      `the prompt has ${prompt} tokens, its images' included; the model's context is ${context}`,
-      {
-        code,
-        param: "messages",
-      },
-    );
-  if (asked !== null && asked > room)
-    throw new ApiError(
-      400,
-      `max_tokens is ${asked}, but the prompt's ${prompt} tokens, its images' included, leave ${room} of the model's context of ${context}`,
-      { code, param: "max_tokens" },
-    );
-  return asked ?? room;
+  if (room < 1) {
+    const why = `the prompt has ${prompt} tokens, its images' included; the model's context is ${context}`;
+    throw new ApiError(400, why, { code, param: promptParam(request) });
+  }
+  if (maxTokens !== null && maxTokens > room) {
+    const why = `max_tokens is ${maxTokens}, but the prompt's ${prompt} tokens, its images' included, leave ${room} of the model's context of ${context}`;
+    throw new ApiError(400, why, { code, param: "max_tokens" });
+  }
+  return maxTokens ?? room;
 }

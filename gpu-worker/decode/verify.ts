@@ -16,16 +16,17 @@ export interface Path {
  * proposal is a point mass), and the text depends on the seed alone, not on the tree. Logits [n,V], one row a node.
  * Stops after a token for which `last` holds, so that nothing is accepted beyond the end.
  */
-export function verify(
+export async function verify(
   tree: Tree,
   logits: Float32Array,
   vocabulary: number,
   sampler: Sampler,
   last: (token: number, index: number) => boolean,
-): Path {
+): Promise<Path> {
   const path: Path = { nodes: [0], tokens: [] };
   for (let node = 0; ; ) {
-    const token = sampler.next(logits.subarray(node * vocabulary, (node + 1) * vocabulary));
+    const row = logits.subarray(node * vocabulary, (node + 1) * vocabulary);
+    const token = await sampler.next(row);
     path.tokens.push(token);
     if (last(token, path.tokens.length - 1)) return path;
     node = childWith(tree, node, token);

@@ -53,12 +53,15 @@ export class SequenceCache implements Disposable {
     this.sin = runtime.tensor("f32", (this.capacity * shape.headSize) / 2);
   }
 
-  /** Empties the cache for another sequence. */
-  reset(): void {
-    this.length = 0;
-    this.#open = 0;
+  /** Forgets all rows but the first `length`; 0 empties the cache for another sequence. */
+  rewind(length: number): void {
+    for (let i = 0; i < this.#maxTokens; i++) {
+      const row = i * this.capacity;
+      this.#biasValues.fill(Number.NEGATIVE_INFINITY, row + length, row + this.capacity);
+    }
+    this.length = length;
+    this.#open = Math.min(this.#open, length);
     this.#block.rows = 0;
-    this.#biasValues.fill(Number.NEGATIVE_INFINITY);
   }
 
   /** Binds the cache to a pass of `tokens` tokens; `bias` replaces the sequence's own (see `prefillBias`). */

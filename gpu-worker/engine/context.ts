@@ -6,7 +6,7 @@ import { SequenceCache } from "./cache.ts";
 import type { Binding, Runtime, Tensor } from "./runtime.ts";
 import type { Prompt } from "./target.ts";
 
-/** Hidden states that a drafter can read: after the prefill the prompt's, later those of the last tree's nodes. */
+/** Hidden states that a drafter can read: the prompt's, and those of the last tree's nodes. */
 export interface Fresh {
   /** Rows of `context.hidden` of the tokens that are new in the text. */
   rows: number[];
@@ -17,13 +17,15 @@ export interface Fresh {
 /** Disposing of it gives its memory back to the target, which uses it for later sequences; `free` ends it. */
 export class Context implements Disposable {
   readonly cache: SequenceCache;
-  /** [capacity,D], after the final norm: the prompt's, then the last tree's. */
+  /** [capacity,D], after the final norm: the prompt's in the first rows, the last tree's from `#treeRow` on. */
   readonly hidden: Tensor;
   /** [maxTree,V] */
   readonly logits: Tensor;
   readonly maxTree: number;
   readonly #model: Model;
   readonly #release: (context: Context) => void;
+  /** Row of the last tree's root in `hidden`: at the end, so that the prompt's rows stay for another choice. */
+  readonly #treeRow: number;
   readonly #ids: Tensor;
   readonly #positions: Tensor;
   readonly #rows: Tensor;
@@ -43,6 +45,7 @@ export class Context implements Disposable {
     this.#release = release;
     this.maxTree = maxTree;
     this.cache = new SequenceCache(runtime, language, rows, maxTree, model.mover);
+    this.#treeRow = this.cache.capacity - maxTree;
     this.hidden = runtime.tensor("f32", this.cache.capacity * language.hidden, "device");
     this.logits = runtime.tensor("f32", maxTree * language.vocabulary);
     this.#ids = runtime.tensor("i64", maxTree);
@@ -59,7 +62,12 @@ export class Context implements Disposable {
   /** Starts a sequence in this memory. */
   begin(prompt: Prompt): void {
     this.#prompt = prompt;
-    this.cache.reset();
+    this.cache.rewind(0);
+  }
+
+  /** Goes back to the prompt, for another choice: only the logits after it are gone. */
+  rewind(): void {
+    this.cache.rewind(this.prompt.expanded.tokens.length);
   }
 
   get prompt(): Prompt {
@@ -75,7 +83,7 @@ export class Context implements Disposable {
     return companion;
   }
 
-  /** Logits [V] after the prompt's last token. */
+  /** Logits [V] after the prompt's last token, valid until the first tree is scored. */
   get firstLogits(): Float32Array {
     return this.#logitValues.subarray(0, this.#model.config.language.vocabulary);
   }
@@ -104,13 +112,14 @@ export class Context implements Disposable {
     binding.input("ids", this.#ids, [n]).input("positions", this.#positions, [1, n]);
     binding.input("logit_rows", this.#rows, [n]);
     binding.input("image_rows", this.#noRows, [0, width]).input("image_index", this.#none, [0, 1]);
-    return binding.output("hidden", this.hidden, [n, width]).output("logits", this.logits, [n, vocabulary]);
+    binding.output("hidden", this.hidden, [n, width], this.#treeRow * width);
+    return binding.output("logits", this.logits, [n, vocabulary]);
   }
 
   /** Keeps the cache rows of the path's nodes. */
   commit(path: Path): Fresh {
     this.cache.keep(path.nodes);
-    return { rows: path.nodes, next: path.tokens };
+    return { rows: path.nodes.map((node) => this.#treeRow + node), next: path.tokens };
   }
 
   [Symbol.dispose](): void {

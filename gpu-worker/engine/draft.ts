@@ -80,7 +80,7 @@ export class DraftSequence implements Disposable {
     const { tokens, images } = this.#context.prompt.expanded;
     const { hidden: width, queries } = this.#model.draft!.config;
     const next = [...tokens.slice(1), first];
-    this.cache.reset();
+    this.cache.rewind(0);
     this.#turn = 0;
     let bias = this.#globalBias(new Float32Array(width));
     const rows: PromptRow[] = [];

@@ -1,7 +1,9 @@
-/** Pictures that the engine holds: decoded, through the vision tower, kept by the hash of their bytes. */
+/** Pictures that the engine holds: decoded, through the vision tower, kept by the name that they were put under. */
+import { ApiError } from "../../shared/errors.ts";
+import type { PixelLimits } from "../../shared/protocol.ts";
 import { decodeImage, type Picture } from "../input/decode.ts";
 import type { Model } from "../model/model.ts";
-import { imageTokens, processImage } from "../model/qwen/processor.ts";
+import { imageGrid, imageTokens, processImage } from "../model/qwen/processor.ts";
 import { type VisionLayout, visionLayout } from "../model/qwen/vision.ts";
 import { frequencies } from "../model/rope.ts";
 import type { Runtime } from "./runtime.ts";
@@ -14,10 +16,20 @@ export interface ImageRows {
   rows: Float32Array;
 }
 
-/** Runs the vision tower on a decoded picture. */
-export function encodePicture(runtime: Runtime, model: Model, picture: Picture): ImageRows {
+/**
+ * Runs the vision tower on a decoded picture, resized to the limits; the model's own by default. Throws ApiError 400 for
+ * a picture that cannot be resized so, or would have more tokens than the context.
+ */
+export function encodePicture(
+  runtime: Runtime,
+  model: Model,
+  picture: Picture,
+  limits: PixelLimits = model.processor,
+): ImageRows {
   const { vision: c } = model.config;
-  const { pixels, grid } = processImage(picture, model.processor);
+  const processor = { ...model.processor, minPixels: limits.minPixels, maxPixels: limits.maxPixels };
+  checkTokens(imageTokens(imageGrid(picture, processor), processor), model.config.contextLength);
+  const { pixels, grid } = processImage(picture, processor);
   const [, height, width] = grid;
   const layout = visionLayout(height, width, c);
   const total = layout.windows * layout.size;
@@ -48,6 +60,13 @@ export function encodePicture(runtime: Runtime, model: Model, picture: Picture):
   binding.input("cos", cos, [patches, half]).input("sin", sin, [patches, half]);
   binding.output("rows", rows, [cells, c.out]).run();
   return { grid: [height / c.merge, width / c.merge], rows: rows.f32.slice() };
+}
+
+/** Before the picture is resized: at the size that was asked for it may not even fit into memory. */
+function checkTokens(tokens: number, context: number): void {
+  if (tokens < context) return;
+  const why = `the image would have ${tokens} tokens; the model's context is ${context} tokens, answer included`;
+  throw new ApiError(400, why, { code: "context_length_exceeded" });
 }
 
 /** -inf where a window's row would look at padding. */
@@ -86,29 +105,29 @@ export class ImageStore {
   }
 
   /** The picture, which now counts as used last; undefined when it is not held. */
-  get(hash: string): ImageRows | undefined {
-    const image = this.#images.get(hash);
+  get(key: string): ImageRows | undefined {
+    const image = this.#images.get(key);
     if (image) {
-      this.#images.delete(hash);
-      this.#images.set(hash, image);
+      this.#images.delete(key);
+      this.#images.set(key, image);
     }
     return image;
   }
 
-  has(hash: string): boolean {
-    return this.#images.has(hash);
+  has(key: string): boolean {
+    return this.#images.has(key);
   }
 
   /** Decodes and encodes an image; ApiError 400 says what is wrong with it. */
-  async put(hash: string, bytes: Uint8Array): Promise<void> {
-    if (this.has(hash)) return;
+  async put(key: string, bytes: Uint8Array, limits: PixelLimits): Promise<void> {
+    if (this.has(key)) return;
     const picture = await decodeImage(bytes);
-    if (this.has(hash)) return; // another request has put it meanwhile
-    const image = encodePicture(this.#runtime, this.#model, picture);
-    this.#images.set(hash, image);
+    if (this.has(key)) return; // another request has put it meanwhile
+    const image = encodePicture(this.#runtime, this.#model, picture, limits);
+    this.#images.set(key, image);
     this.#bytes += image.rows.byteLength;
     for (const [old, { rows }] of this.#images) {
-      if (this.#bytes <= this.#maxBytes || old === hash) break;
+      if (this.#bytes <= this.#maxBytes || old === key) break;
       this.#images.delete(old);
       this.#bytes -= rows.byteLength;
     }

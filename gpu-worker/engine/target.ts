@@ -36,10 +36,6 @@ export class Target implements Disposable {
     this.#rope = ropeTable(contextLength, frequencies(language.headSize, ropeTheta));
   }
 
-  get vocabulary(): number {
-    return this.#model.config.language.vocabulary;
-  }
-
   /**
    * Runs the prompt, `chunk` tokens a pass; `room` is the most tokens that will be added, `maxTree` the largest tree that
    * will be scored.
@@ -47,18 +43,24 @@ export class Target implements Disposable {
   prefill(prompt: Prompt, room: number, maxTree: number, chunk = PREFILL_CHUNK): Context {
     const { expanded } = prompt;
     const length = expanded.tokens.length;
-    const context = this.#take(length + room + maxTree, maxTree);
+    const context = this.#take(length + room, maxTree);
     context.begin(prompt);
     this.#fillRope(context.cache, expanded);
     for (let from = 0; from < length; from += chunk) this.#prefillChunk(context, from, Math.min(length, from + chunk));
     return context;
   }
 
-  /** Memory for a sequence of so many rows: an earlier one's, whose bindings are made already, or new. */
+  /**
+   * Memory for a sequence of so many rows and a tree after them: an earlier one's, whose bindings are made already, or
+   * new. What is made for larger trees serves for smaller ones, so that plain requests among others need none of their own.
+   */
   #take(rows: number, maxTree: number): Context {
-    const fit = this.#free.filter((c) => c.cache.capacity >= rows && c.maxTree === maxTree);
-    const best = fit.sort((a, b) => a.cache.capacity - b.cache.capacity)[0];
-    if (!best) return new Context(this.#runtime, this.#model, Math.ceil(rows / ROUND) * ROUND, maxTree, this.#give);
+    const fit = this.#free.filter((c) => c.maxTree >= maxTree && c.cache.capacity >= rows + c.maxTree);
+    const best = fit.sort((a, b) => a.cache.capacity - b.cache.capacity || a.maxTree - b.maxTree)[0];
+    if (!best) {
+      const capacity = Math.ceil((rows + maxTree) / ROUND) * ROUND;
+      return new Context(this.#runtime, this.#model, capacity, maxTree, this.#give);
+    }
     this.#free.splice(this.#free.indexOf(best), 1);
     return best;
   }

@@ -2,11 +2,13 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { encodePicture, type ImageRows } from "../../gpu-worker/engine/images.ts";
+import type { Prompt } from "../../gpu-worker/engine/target.ts";
 import type { Step } from "../../gpu-worker/engine.ts";
 import { type EngineOptions, LocalEngine } from "../../gpu-worker/engine-local.ts";
 import { decodeImage } from "../../gpu-worker/input/decode.ts";
+import { expandPrompt } from "../../gpu-worker/model/qwen/positions.ts";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
-import type { GenerateRequest } from "../../shared/protocol.ts";
+import { type GenerateRequest, imageKey, type Sampling } from "../../shared/protocol.ts";
 
 export const GOLDENS = join(import.meta.dirname, "../goldens/qwen");
 export const MODEL = join(import.meta.dirname, "../../models/tiny-qwen2.5-vl");
@@ -31,8 +33,14 @@ export interface Case {
 
 export const cases: Case[] = readGolden("cases.json").cases;
 
+/** The target's own distribution, with nothing cut or changed. */
+export const plainSampling: Sampling = {
+  ...{ temperature: 1, topP: 1, topK: 0, minP: 0, seed: 1 },
+  ...{ repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] },
+};
+
 /** A case's messages with its pictures as data: URLs. */
-export function withImages({ messages }: Case) {
+export function withImages({ messages }: Pick<Case, "messages">) {
   return messages.map((message) => ({
     ...message,
     content:
@@ -50,22 +58,51 @@ export function dataUrl(name: string): string {
   return `data:image/png;base64,${readFileSync(join(GOLDENS, name)).toString("base64")}`;
 }
 
-/** A case as the engine's request, with its pictures' rows. */
+/** A case as the engine's request, with the keys of its pictures, which the engine now holds. */
 export async function prepare(
   engine: LocalEngine,
-  golden: Case,
+  golden: Pick<Case, "id" | "messages">,
   change: Partial<GenerateRequest> = {},
-): Promise<{ request: GenerateRequest; images: ImageRows[] }> {
-  const chat = { messages: withImages(golden), temperature: 0, max_tokens: 256 };
-  const prepared = await prepareChat(chat as never, new ChatModel(engine.info), golden.id);
-  const images: ImageRows[] = [];
-  for (const hash of prepared.request.images) {
-    const { bytes } = prepared.images.get(hash)!;
-    await engine.putImage(hash, bytes);
-    images.push(encodePicture(engine.runtime, engine.model, await decodeImage(bytes)));
+  pixels: { min_pixels?: number; max_pixels?: number } = {},
+): Promise<{ request: GenerateRequest; images: string[] }> {
+  const chat = { messages: withImages(golden), temperature: 0, max_tokens: 256, ...pixels };
+  const asker = { id: golden.id, tenant: "" };
+  const { request, images } = await prepareChat(chat as never, new ChatModel(engine.info), asker);
+  const keys: string[] = [];
+  for (const { hash, limits } of request.images) {
+    keys.push(imageKey(request.tenant, hash!, limits));
+    await engine.putImage(keys.at(-1)!, images.get(hash!)!.bytes, limits);
   }
-  return { request: { ...prepared.request, ...change }, images };
+  return { request: { ...request, ...change }, images: keys };
 }
+
+/** A case's expanded prompt, with its pictures' rows. */
+export async function promptOf(engine: LocalEngine, golden: Case): Promise<Prompt & { rows: ImageRows[] }> {
+  const rows: ImageRows[] = [];
+  for (const { content } of golden.messages)
+    for (const { image_url } of typeof content === "string" ? [] : content) {
+      if (!image_url) continue;
+      const picture = await decodeImage(readFileSync(join(GOLDENS, image_url.url)));
+      rows.push(encodePicture(engine.runtime, engine.model, picture));
+    }
+  const { request } = await prepare(engine, golden);
+  const grids = rows.map(({ grid }) => grid);
+  const expanded = expandPrompt(request.tokens, grids, engine.model.config.imageToken);
+  return { expanded, imageRows: rows.map((image) => image.rows), rows };
+}
+
+/** All steps of a case's answer. */
+export async function answer(
+  engine: LocalEngine,
+  golden: Pick<Case, "id" | "messages">,
+  change: Partial<GenerateRequest> = {},
+): Promise<Step[]> {
+  const { request, images } = await prepare(engine, golden, change);
+  return collect(engine.generate(request, images, AbortSignal.timeout(60_000)));
+}
+
+export const tokensOf = (steps: Step[]) => steps.flatMap(({ tokens }) => tokens);
+export const textOf = (steps: Step[]) => steps.map(({ text }) => text).join("");
 
 /** All steps of one generation. */
 export async function collect(steps: AsyncIterable<Step>): Promise<Step[]> {

@@ -8,26 +8,30 @@ export type Script = (request: GenerateRequest, signal: AbortSignal) => AsyncIte
 
 export class ScriptedEngine implements Engine {
   info: ModelInfo = { ...tinyModel };
-  /** Images held, and the hashes of every putImage so far. */
+  ready = true;
+  restarts = 0;
+  /** Keys of the images held, and those of every putImage so far. */
   readonly held = new Set<string>();
   readonly puts: string[] = [];
   readonly requests: GenerateRequest[] = [];
   readonly signals: AbortSignal[] = [];
   script: Script = words(["Hello", " there"]);
 
-  async missingImages(hashes: string[]): Promise<string[]> {
-    return [...new Set(hashes)].filter((hash) => !this.held.has(hash));
+  async missingImages(keys: string[]): Promise<string[]> {
+    return [...new Set(keys)].filter((key) => !this.held.has(key));
   }
 
-  async putImage(hash: string, bytes: Uint8Array): Promise<void> {
-    this.puts.push(hash);
+  async putImage(key: string, bytes: Uint8Array): Promise<void> {
+    this.puts.push(key);
     if (bytes[0] === 0) throw new ApiError(400, "the image cannot be decoded", { code: "invalid_image" });
-    this.held.add(hash);
+    this.held.add(key);
   }
 
-  generate(request: GenerateRequest, signal: AbortSignal): AsyncIterable<Step> {
+  generate(request: GenerateRequest, images: string[], signal: AbortSignal): AsyncIterable<Step> {
     this.requests.push(request);
     this.signals.push(signal);
+    if (images.some((key) => !this.held.has(key)))
+      return fails(new ApiError(409, "an image is not held any more", { code: "image_missing" }))(request, signal);
     return this.script(request, signal);
   }
 
@@ -35,8 +39,8 @@ export class ScriptedEngine implements Engine {
 }
 
 /** A step of one token with this text. */
-export function say(text: string): Step {
-  return { tokens: [1], accepted: 0, text, draftText: 0 };
+export function say(text: string, choice = 0): Step {
+  return { choice, tokens: [1], accepted: 0, text, draftText: 0 };
 }
 
 /** A script that says these words, one a step, each step after a turn of the event loop. */

@@ -4,18 +4,20 @@
  */
 import { setImmediate } from "node:timers/promises";
 import type { GenerateRequest } from "../../shared/protocol.ts";
-import { cases, collect, openEngine, prepare } from "./goldens.ts";
+import { cases, collect, openEngine, prepare, promptOf } from "./goldens.ts";
 
 const engine = openEngine();
 const never = new AbortController().signal;
-const requestOf = async (id: string, change: Partial<GenerateRequest>) =>
-  (await prepare(engine, cases.find((c) => c.id === id)!, change)).request;
+type Prepared = Awaited<ReturnType<typeof prepare>>;
+const requestOf = (id: string, change: Partial<GenerateRequest>) =>
+  prepare(engine, cases.find((c) => c.id === id)!, change);
 
 const text = await requestOf("18-story", { maxTokens: 6 });
 const long = await requestOf("18-story", { maxTokens: 200 });
 const picture = await requestOf("00-describe", { maxTokens: 6 });
 const pictures = await requestOf("15-compare", { maxTokens: 6 });
-const all = (request: GenerateRequest) => collect(engine.generate(request, never));
+const all = ({ request, images }: Prepared, change: Partial<GenerateRequest> = {}) =>
+  collect(engine.generate({ ...request, ...change }, images, never));
 
 async function refused(work: Promise<unknown>): Promise<void> {
   const error = await work.then(
@@ -28,7 +30,7 @@ async function refused(work: Promise<unknown>): Promise<void> {
 /** Decodes until the signal is aborted in the third cycle. */
 async function abortInTheMiddle(): Promise<void> {
   const controller = new AbortController();
-  const steps = engine.generate(long, controller.signal);
+  const steps = engine.generate(long.request, long.images, controller.signal);
   for (let i = 0; i < 3; i++) await steps.next();
   controller.abort();
   await refused(steps.next());
@@ -37,20 +39,23 @@ async function abortInTheMiddle(): Promise<void> {
 /** Decodes three cycles and leaves the loop, as a reader that fails does. */
 async function leaveInTheMiddle(): Promise<void> {
   let cycles = 0;
-  for await (const _step of engine.generate(long, never)) if (++cycles === 3) return;
+  for await (const _step of engine.generate(long.request, long.images, never)) if (++cycles === 3) return;
 }
 
 const kinds: (() => Promise<unknown>)[] = [
   () => all(text),
-  () => all({ ...text, sampling: { ...text.sampling, temperature: 1 } }),
+  () => all(text, { sampling: { ...text.request.sampling, temperature: 1 } }),
+  () => all(text, { n: 3, plain: true }),
+  () => all(picture, { n: 2 }),
+  () => all(text, { json: { schema: null, strict: true } }),
   () => all(picture),
   () => all(pictures),
   abortInTheMiddle,
   leaveInTheMiddle,
-  () => refused(all({ ...text, maxTokens: 5000 })),
-  () => refused(all({ ...picture, images: ["0".repeat(64)] })),
-  () => refused(engine.putImage("1".repeat(64), Uint8Array.of(1))),
-  () => requestOf("06-ocr", {}), // one more pass of the vision tower
+  () => refused(all(text, { maxTokens: 5000 })),
+  () => refused(all({ ...picture, images: ["held by nobody"] })),
+  () => refused(engine.putImage("broken", Uint8Array.of(1), engine.info.pixels)),
+  () => promptOf(engine, cases.find(({ id }) => id === "06-ocr")!), // one more pass of the vision tower
 ];
 
 async function measure() {

@@ -10,7 +10,10 @@ export const tinyModel: ModelInfo = {
   created: 1_700_000_000,
   fingerprint: "tiny-1",
   contextLength: 4096,
+  vocabulary: 1280,
   imageToken: "<|image_pad|>",
+  pixels: { minPixels: 3136, maxPixels: 112896 },
+  drafts: true,
   tokenizer: json("tokenizer.json"),
   tokenizerConfig: json("tokenizer_config.json"),
 };

@@ -58,7 +58,7 @@ export interface ProcessedImage {
 /**
  * The size in pixels that a picture is resized to: multiples of `factor`, about the same aspect ratio, an area within
  * the limits where that is possible. As smart_resize of Hugging Face's image_processing_qwen2_vl.
- * Throws ApiError 400 for an aspect ratio over 200.
+ * Throws ApiError 400 for an aspect ratio over 200 or a minimum above the maximum.
  */
 export function smartResize(
   width: number,
@@ -67,6 +67,10 @@ export function smartResize(
   minPixels: number,
   maxPixels: number,
 ): { width: number; height: number } {
+  if (minPixels > maxPixels) {
+    const message = `min_pixels is ${minPixels}, which is more than max_pixels, ${maxPixels}.`;
+    throw new ApiError(400, message, { param: "min_pixels" });
+  }
   const ratio = Math.max(width, height) / Math.min(width, height);
   if (ratio > MAX_ASPECT_RATIO) {
     const message = `The image's aspect ratio must not exceed ${MAX_ASPECT_RATIO}, but ${width}x${height} has ${Number(ratio.toFixed(2))}.`;
@@ -94,6 +98,13 @@ function roundHalfEven(x: number): number {
   return rest < 0.5 || (rest === 0.5 && floor % 2 === 0) ? floor : floor + 1;
 }
 
+/** The patches of a picture of this size. Throws as smartResize. */
+export function imageGrid({ width, height }: { width: number; height: number }, config: ProcessorConfig): Grid {
+  const { patchSize, mergeSize, minPixels, maxPixels } = config;
+  const size = smartResize(width, height, patchSize * mergeSize, minPixels, maxPixels);
+  return [1, size.height / patchSize, size.width / patchSize];
+}
+
 /** Prompt tokens that stand for an image of this grid. */
 export function imageTokens(grid: Grid, config: ProcessorConfig): number {
   return (grid[0] * grid[1] * grid[2]) / config.mergeSize ** 2;
@@ -104,10 +115,9 @@ export function imageTokens(grid: Grid, config: ProcessorConfig): number {
  * blocks row by row), each as [channel, frame, row, column] with the one frame repeated. Throws as smartResize.
  */
 export function processImage(picture: Picture, config: ProcessorConfig): ProcessedImage {
-  const factor = config.patchSize * config.mergeSize;
-  const size = smartResize(picture.width, picture.height, factor, config.minPixels, config.maxPixels);
-  const resized = resizeBicubic(picture, size.width, size.height);
-  const [rows, columns] = [size.height / config.patchSize, size.width / config.patchSize];
+  const grid = imageGrid(picture, config);
+  const [, rows, columns] = grid;
+  const resized = resizeBicubic(picture, columns * config.patchSize, rows * config.patchSize);
   const perPatch = 3 * config.temporalPatchSize * config.patchSize ** 2;
   const pixels = new Float32Array(rows * columns * perPatch);
   const tables = [0, 1, 2].map((channel) => normalized(config, channel));
@@ -117,7 +127,7 @@ export function processImage(picture: Picture, config: ProcessorConfig): Process
     for (let left = 0; left < columns; left += merge)
       for (let i = 0; i < merge * merge; i++, at += perPatch)
         writePatch(pixels, at, resized, top + Math.floor(i / merge), left + (i % merge), tables, config);
-  return { pixels, grid: [1, rows, columns] };
+  return { pixels, grid };
 }
 
 /** The float32 value of each of the 256 levels; every step rounds to float32, as numpy does. */
