@@ -6,8 +6,7 @@ import { parseBody } from "../shared/parse.ts";
 export const ApiKey = z.strictObject({
   name: z
     .string()
-    .min(1)
-    .max(64)
+    .regex(/^[\w.@-]{1,64}$/, "must be 1 to 64 letters, digits, or any of _ . @ -")
     .describe("Whose it is: the tenant in queue, image keys and logs. Two keys may have one name."),
   sha256: z
     .string()

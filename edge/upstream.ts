@@ -131,19 +131,30 @@ export class Upstreams {
     return fetch(url + path, { method, body, headers: { ...headers, [SIGNATURE_HEADER]: signature }, signal });
   }
 
-  /** Tries the workers in order until one can be reached. */
+  /** Tries the workers in order until one can be reached and takes the request; else gives the last refusal. */
   async #first(urls: string[], call: (url: string) => Promise<Response>): Promise<Response> {
+    let refusal: Response | null = null;
     let cause: unknown;
     for (const url of urls) {
       try {
-        return await call(url);
+        const response = await call(url);
+        if (!(await isBusy(response))) return response;
+        refusal = response;
       } catch (error) {
         if (error instanceof ApiError) throw error;
         cause = error;
       }
     }
+    if (refusal) return refusal;
     throw new ApiError(503, "No GPU worker can be reached.", { code: "upstream_unreachable", cause });
   }
+}
+
+/** Whether another worker may take what this one does not. (Not a request on which an engine has died: it might again.) */
+async function isBusy(response: Response): Promise<boolean> {
+  if (response.status !== 429 && response.status !== 503) return false;
+  const { error } = await response.clone().json<{ error?: { code: string | null } }>();
+  return error?.code === "draining" || error?.code === "queue_full";
 }
 
 /** A worker's answer that a client may see. Throws ApiError for one that is about the edge, or not a worker's at all. */

@@ -44,6 +44,7 @@ const GREEDY: Sampling = {
 export class LocalEngine implements Engine {
   readonly info: ModelInfo;
   readonly ready = true;
+  readonly restarts = 0;
   readonly runtime: Runtime;
   readonly model: Model;
   readonly target: Target;

@@ -52,6 +52,8 @@ export interface Engine {
   readonly info: ModelInfo;
   /** False while the engine's process is being started again. */
   readonly ready: boolean;
+  /** How often that was. */
+  readonly restarts: number;
   /** Those of the images (see imageKey) that the engine does not hold. */
   missingImages(keys: string[]): Promise<string[]>;
   /** Decodes, checks, resizes and keeps an image; throws ApiError 400 for one that cannot be read or has too many tokens. */

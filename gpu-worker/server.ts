@@ -51,11 +51,8 @@ export interface RunningServer {
   close(): Promise<void>;
 }
 
-/** An engine's process says how often it was started again. */
-type ServedEngine = Engine & { readonly restarts?: number };
-
 /** Serves an engine. Rejects if the port cannot be had. */
-export async function startServer(engine: ServedEngine, options: ServerOptions): Promise<RunningServer> {
+export async function startServer(engine: Engine, options: ServerOptions): Promise<RunningServer> {
   const worker = new Worker(engine, options);
   const server = createServer({ noDelay: true, keepAliveTimeout: KEEP_ALIVE }, (request, response) => {
     void worker.answer(request, response);
@@ -91,7 +88,7 @@ interface Job {
 }
 
 class Worker {
-  readonly #engine: ServedEngine;
+  readonly #engine: Engine;
   readonly #imageUrls: ImageUrls;
   readonly #verifier: Verifier | null;
   readonly #deadline: number;
@@ -103,7 +100,7 @@ class Worker {
   #open = 0;
   #drained: PromiseWithResolvers<void> | null = null;
 
-  constructor(engine: ServedEngine, options: ServerOptions) {
+  constructor(engine: Engine, options: ServerOptions) {
     const { secret, imageUrls = "public", maxWaiting = 256, deadline = 600, log = () => {} } = options;
     this.#engine = engine;
     this.#imageUrls = imageUrls;
@@ -116,7 +113,7 @@ class Worker {
       running: () => this.#queue.running,
       waiting: () => this.#queue.waiting,
       ready: () => engine.ready,
-      restarts: () => engine.restarts ?? 0,
+      restarts: () => engine.restarts,
     });
   }
 

@@ -280,6 +280,21 @@ describe("the edge alone", () => {
     await Promise.all([none.close(), second.close()]);
   });
 
+  test("asks the next worker when one takes nothing more, and says so when none does", async () => {
+    const draining = await startServer(engine, { port: 0, host: "127.0.0.1", secret });
+    void draining.drain();
+    const edges = await Promise.all(
+      [`${draining.url},${server.url}`, draining.url].map((upstream) => startEdge({ port: 0, upstream, secret })),
+    );
+    for (let i = 1; i <= 8; i++) {
+      const request = { messages: [{ role: "user", content: [picture(i)] }] };
+      expect((await ask(edges[0].url, request)).status).toBe(200);
+    }
+    const response = await ask(edges[1].url, { messages: hi });
+    expect([response.status, await message(response)]).toEqual([503, "This worker is about to end."]);
+    await Promise.all([...edges, draining].map((one) => one.close()));
+  });
+
   test("asks the same worker about the same picture, and shares pictures among workers", async () => {
     const engines = [new ScriptedEngine(), new ScriptedEngine()];
     for (const one of engines) one.info = engine.info;

@@ -249,7 +249,7 @@ describe("API keys", () => {
     [JSON.stringify([{ ...good, sha256: "plain-key" }]), "API_KEYS[0].sha256: must be 64 digits"],
     [JSON.stringify([good, { ...good, sha256: sha256("a").toUpperCase() }]), "API_KEYS[1].sha256: must be 64 digits"],
     [JSON.stringify([{ sha256: good.sha256 }]), "API_KEYS[0].name: must be string"],
-    [JSON.stringify([{ ...good, name: "" }]), "API_KEYS[0].name: must not be empty"],
+    [JSON.stringify([{ ...good, name: "" }]), "API_KEYS[0].name: must be 1 to 64 letters"],
     [JSON.stringify([{ ...good, models: "tiny" }]), "API_KEYS[0].models: must be array"],
     [JSON.stringify([{ ...good, requestsPerMinute: 0 }]), "API_KEYS[0].requestsPerMinute: must be at least 1"],
     [JSON.stringify([{ ...good, key: "plain-key" }]), "API_KEYS[0].key: this parameter is not supported"],
