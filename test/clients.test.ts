@@ -345,8 +345,8 @@ describe("the Vercel AI SDK's own", () => {
 });
 
 describe("LangChain's own", () => {
-  const chat = () =>
-    new ChatOpenAI({ model, apiKey: "none", maxRetries: 0, temperature: 0, configuration: { baseURL: `${stack.url}/v1` } }); // biome-ignore format: one line
+  const chat = (name = model) =>
+    new ChatOpenAI({ model: name, apiKey: "none", maxRetries: 0, temperature: 0, configuration: { baseURL: `${stack.url}/v1` } }); // biome-ignore format: one line
 
   test.each(["jsonSchema", undefined] as const)("structured output (method %s) follows the schema", async (method) => {
     const output = await chat().withStructuredOutput(Shape, { name: "shape", method }).invoke("Describe a shape.");
@@ -358,8 +358,9 @@ describe("LangChain's own", () => {
       .invoke("word ".repeat(8000))
       .catch((thrown) => thrown);
     expect(long).toBeInstanceOf(ContextOverflowError);
-    const other = chat();
-    other.model = "gpt-4o";
-    expect(await other.invoke("Hi").catch((thrown) => thrown)).toMatchObject({ lc_error_code: "MODEL_NOT_FOUND" });
+    const missing = await chat("gpt-4o")
+      .invoke("Hi")
+      .catch((thrown) => thrown);
+    expect(missing).toMatchObject({ lc_error_code: "MODEL_NOT_FOUND" });
   });
 });

@@ -32,7 +32,8 @@ function conversation(random: (n: number) => number, long: boolean) {
 
 test.each(Array.from({ length: 16 }, (_, i) => i))("conversation %i is the same with every drafter", async (i) => {
   const asked = conversation(generator(i), i % 3 === 0);
-  const sampling = { ...plainSampling, temperature: i % 2, seed: i };
+  const penalties = i % 4 < 2 ? {} : { repetitionPenalty: 1.05, frequencyPenalty: 0.1, presencePenalty: -0.2 };
+  const sampling = { ...plainSampling, ...penalties, temperature: i % 2, seed: i };
   const answers: number[][] = [];
   for (const engine of engines) {
     answers.push(tokensOf(await answer(engine, asked, { sampling, maxTokens: i % 5 === 4 ? null : 60 })));

@@ -70,7 +70,7 @@ describe("patterns", () => {
   const random = uniforms(12);
   const below = (n: number) => Math.floor(random() * n);
   const pick = <T>(values: T[]) => values[below(values.length)];
-  const ATOMS = ["a", "b", "-", "[ab]", "[^a]", "[a-c\\d]", "\\d", "\\w", "\\S", ".", "\\.", "é", "[é-ü]", "[\\]\\-]", "[\\w-]", "\\u0062"]; // biome-ignore format: one row
+  const ATOMS = ["a", "b", "-", "[ab]", "[^a]", "[a-c\\d]", "\\d", "\\w", "\\S", ".", "\\.", "é", "[é-ü]", "[\\]\\-]", "[\\w-]", "[\\d-z]", "\\u0062"]; // biome-ignore format: one row
 
   /** A regular expression of so many levels. */
   function generate(depth: number): string {
@@ -208,15 +208,15 @@ const list = {
   },
 };
 const optional = { type: "object", properties: Object.fromEntries([..."abcdef"].map((name) => [name, { type: "integer" }])), required: ["c"] }; // biome-ignore format: one row
-const schemas: [string, object][] = [
-  ["shapes", shapes],
-  ["a list of lists", list],
-  ["optional properties", optional],
-  ["none required", { ...optional, required: [] }],
-  ["a map", { type: "object", additionalProperties: { type: "number", exclusiveMinimum: -3, maximum: 12 } }],
-  ["a tuple", { type: "array", prefixItems: [{ const: [1, "x/y"] }, { type: "boolean" }], items: false }],
-  ["anything", { type: "array", items: true, minItems: 2, maxItems: 4 }],
-  ["a string at the root", { type: "string", minLength: 2 }],
+const schemas: [string, object, bounded: boolean][] = [
+  ["shapes", shapes, true],
+  ["a list of lists", list, false],
+  ["optional properties", optional, true],
+  ["none required", { ...optional, required: [] }, true],
+  ["a map", { type: "object", additionalProperties: { type: "number", exclusiveMinimum: -3, maximum: 12 } }, false],
+  ["a tuple", { type: "array", prefixItems: [{ const: [1, "x/y"] }, { type: "boolean" }], items: false }, true],
+  ["anything", { type: "array", items: true, minItems: 2, maxItems: 4 }, false],
+  ["a string at the root", { type: "string", minLength: 2 }, false],
 ];
 
 describe("masks", () => {
@@ -304,17 +304,31 @@ describe("masks", () => {
     }
   });
 
+  test("know the tokens of a vocabulary with byte fallback", async () => {
+    const words = ["<unk>", "[", "]", "▁", "<0x0A>", "▁true", "true", "<0x74>", "</s>"];
+    const vocab = Object.fromEntries(words.map((word, id) => [word, id]));
+    const added_tokens = ["<unk>", "</s>"].map((content) => ({ id: vocab[content], content, special: true }));
+    const decoders = ["Replace", "ByteFallback", "Fuse"].map((type) => ({ type }));
+    using grammars = new Grammars({ model: { vocab }, added_tokens, decoder: { type: "Sequence", decoders } }, 12, [8]);
+    using matcher = await grammars.open(json({ type: "array", items: { const: true } }), [8]);
+    const wanted = [["["], ["]", "▁", "<0x0A>", "▁true", "true", "<0x74>"], ["]", "▁", "<0x0A>"], ["</s>"]]; // biome-ignore format: one row
+    for (const [step, drawn] of ["[", "▁true", "]", "</s>"].entries()) {
+      const mask = await matcher.mask();
+      expect(words.filter((_, id) => (mask[0] >>> id) & 1)).toEqual(wanted[step]);
+      matcher.accept(vocab[drawn]);
+    }
+  });
+
   test("refuse a schema that leads nowhere", async () => {
     const refusal = { status: 400, code: "invalid_json_schema", param: "response_format.json_schema.schema" };
     await expect(grammars.open(json({ $ref: "#" }), [EOS])).rejects.toMatchObject(refusal);
     expect(await accepts({ const: 1 }, "1")).toBe(true);
   });
 
-  test("refuse what takes too long to compile, at once the second time, and go on", async () => {
+  test("refuse what takes too long to compile", async () => {
     using hasty = new Grammars(file("tokenizer.json"), SIZE, [EOS], 1);
     const late = { status: 400, message: expect.stringMatching(/takes more than 0.001 s to compile/) };
-    await expect(hasty.open(json(shapes), [EOS])).rejects.toMatchObject(late);
-    await expect(hasty.open(json(shapes), [EOS])).rejects.toMatchObject(late);
+    for (let i = 0; i < 2; i++) await expect(hasty.open(json(shapes), [EOS])).rejects.toMatchObject(late);
   });
 });
 
@@ -331,16 +345,17 @@ describe("answers", () => {
   afterAll(() => Promise.all(engines.map(([, engine]) => engine.close())));
   const golden = (id: string) => cases.find((c) => c.id === id)!;
 
-  test.each(schemas)("are JSON of %s, the same with every tree, greedy or drawn", async (_name, schema) => {
+  test.each(schemas)("are JSON of %s, the same with every tree, greedy or drawn", async (_name, schema, bounded) => {
     for (const [temperature, id] of [
       [0, "00-describe"],
       [1, "18-story"],
     ] as const) {
       const change = { json: json(schema), maxTokens: 400, sampling: { ...plainSampling, temperature, seed: 3 } };
       const wanted = await answer(engines[0][1], golden(id), change);
-      // A string has no bound of its own.
-      if (wanted.at(-1)!.finish!.reason === "stop")
-        expect(satisfies(JSON.parse(textOf(wanted)), schema), textOf(wanted)).toBe(true);
+      // Where a schema bounds nothing, an answer may take all of its tokens.
+      const ended = wanted.at(-1)!.finish!.reason === "stop";
+      if (bounded) expect(ended, textOf(wanted)).toBe(true);
+      if (ended) expect(satisfies(JSON.parse(textOf(wanted)), schema), textOf(wanted)).toBe(true);
       for (const [name, engine] of engines)
         expect(tokensOf(await answer(engine, golden(id), change)), `${name} ${id}`).toEqual(tokensOf(wanted));
     }

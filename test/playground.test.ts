@@ -288,6 +288,12 @@ describe("with the tiny model", () => {
     await page.keyboard.press("End");
     await page.keyboard.press("Shift+Enter");
     await page.keyboard.type("Please.");
+    // What a screen reader is told: not each token.
+    await page.evaluate(`{
+      globalThis.told = [];
+      const status = document.querySelector("[role=status]");
+      new MutationObserver(() => told.push(status.textContent)).observe(status, { childList: true });
+    }`);
     await page.keyboard.press("Enter");
     await settled(page);
     expect(sent[0].messages[0].content).toContainEqual({
@@ -295,10 +301,8 @@ describe("with the tiny model", () => {
       text: "Describe this image in detail.\nPlease.",
     });
     expect(await focused()).toBe("question");
-    // Told once, when it is whole.
-    expect(await page.locator("[role=status]").textContent()).toBe(
-      `Answer: ${await page.locator(".text").textContent()}`,
-    );
+    const [answer] = await texts(page, ".text");
+    expect(await page.evaluate("told")).toEqual(["Answering.", `Answer: ${answer}`]);
   });
 
   test("the page's security policy is in force", async () => {
@@ -431,15 +435,27 @@ describe("with a scripted engine", () => {
     void where;
   });
 
-  test("a file that is no picture, and what is dropped without a file, are told of at once", async () => {
+  test("a setting out of its range is not sent, and unfolded", async () => {
+    const page = await open(edge.url);
+    const sent = bodies(page);
+    await page.click("#settings summary");
+    await page.fill("#temperature", "9");
+    await page.click("#settings summary");
+    await ask(page, "Hi");
+    expect(await page.evaluate("document.activeElement.id")).toBe("temperature");
+    expect(await page.isVisible("#temperature")).toBe(true);
+    expect(sent).toEqual([]);
+  });
+
+  test("a file that is no picture, and a link that is dropped, are told of at once", async () => {
     const page = await open(edge.url);
     await page.setInputFiles("#file", [file("notes.txt", Buffer.from("no"), "text/plain")]);
     await page.waitForSelector("#error:not(:empty)");
     expect(await error(page)).toBe("notes.txt is not a picture that this browser can read.");
-    await page.dispatchEvent("#question", "dragover");
+    await give(page, "dragover", []);
     expect(await page.isVisible("text=Drop it here")).toBe(true);
     await give(page, "drop", []);
-    expect(await error(page)).toMatch(/^Drop a picture's file/);
+    expect(await error(page)).toBe("A link cannot be taken; drop the picture's file.");
     expect(await page.isVisible("text=Drop it here")).toBe(false);
   });
 
@@ -473,7 +489,7 @@ describe("with a scripted engine", () => {
 
 describe("a stream of events", () => {
   const chunk = (content: string, draft: object) => `data: ${JSON.stringify({ choices: [{ delta: { content }, finish_reason: null }], draft })}\r\n\r\n`; // biome-ignore format: one line
-  const whole = `: hello\n\n${chunk("é😀", { tokens: 1, accepted: 0, characters: 0 })}${chunk("画 x", { tokens: 2, accepted: 1, characters: 1 })}data: [DONE]\n\n`;
+  const whole = `: hello\n\n${chunk("é😀", { tokens: 1, accepted: 0, characters: 0 })}${chunk("画 x", { tokens: 2, accepted: 1, characters: 1 })}data: [DONE]\r\n\r\n`;
   /** What is read of these parts, each a read of its own. */
   async function read(...parts: Uint8Array[]) {
     const body = ReadableStream.from(parts);
@@ -506,7 +522,7 @@ describe("a stream of events", () => {
     ],
     ["an end without [DONE]", "", "The answer broke off."],
   ])("fails in words on %s", async (_, end, message) => {
-    const bytes = Buffer.from(whole.replace("data: [DONE]\n\n", end));
+    const bytes = Buffer.from(whole.replace("data: [DONE]\r\n\r\n", end));
     await expect(read(bytes)).rejects.toThrow(new Refused(message, 200));
   });
 });

@@ -4,8 +4,8 @@
  *
  * Memory is the share of each process (PSS), looked at five times a second. Warm-up are thousands of requests before the
  * clock starts, which the engine refuses after all else was done for them, and the first third of the time: caches fill,
- * code is compiled, heaps reach their size. What is compared is the lowest of the sixth after that with the lowest of the
- * last sixth: what lies above is garbage that V8 has not collected yet. Node's youngest garbage is held small.
+ * code is compiled, heaps reach their size. What is compared is the median of the sixth after that with that of the last
+ * sixth, since garbage that V8 has not collected yet lies on top. (Node's youngest garbage is held small.)
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
@@ -110,13 +110,22 @@ async function firstAnswer(): Promise<string> {
   return ((await response.json()) as { choices: { message: { content: string } }[] }).choices[0].message.content;
 }
 
-/** Requests that the engine refuses, for their length, after all else was done for them. */
+async function badOne(random: Random): Promise<void> {
+  const { method, path, headers, body, worker, expected } = badRequest(7, random.below(1e6));
+  if (worker || expected.mayPass) return;
+  const response = await fetch(url + path, { method, headers, body: method === "POST" ? body : undefined });
+  await response.text();
+  if (response.status < 400 || response.status >= 500) throw new Error(`status ${response.status}`);
+}
+
+/** Requests that the engine refuses, for their length, after all else was done for them; and bad ones, some of them huge. */
 async function warmUp(): Promise<void> {
   const begun = performance.now();
   let left = WARM_UP;
   const sender = async () => {
     while (left-- > 0) {
       const random = new Random(left);
+      if (left % 10 === 0) await badOne(random);
       const { messages } = left % 2 ? newPicture(random) : random.pick(asked);
       const response = await post({ messages, max_tokens: 4090 });
       if (response.status !== 400) throw new Error(`status ${response.status}: ${await response.text()}`);
@@ -154,16 +163,7 @@ const kinds: Record<string, [share: number, run: (random: Random) => Promise<unk
       });
     },
   ],
-  "bad request": [
-    8,
-    async (random) => {
-      const { method, path, headers, body, worker, expected } = badRequest(7, random.below(1e6));
-      if (worker || expected.mayPass) return;
-      const response = await fetch(url + path, { method, headers, body: method === "POST" ? body : undefined });
-      await response.text();
-      if (response.status < 400 || response.status >= 500) throw new Error(`status ${response.status}`);
-    },
-  ],
+  "bad request": [8, badOne],
   "slow reader": [4, (random) => streamed(random.pick(texts), () => sleep(50 + random.below(150)))],
 };
 const wheel = Object.entries(kinds).flatMap(([kind, [share]]) => Array.from({ length: share }, () => kind));
@@ -213,6 +213,10 @@ function processesOf(main: number): Record<string, number> {
   return Object.fromEntries(Object.entries(found).filter((entry): entry is [string, number] => entry[1] !== undefined));
 }
 
+function median(numbers: number[]): number {
+  return numbers.toSorted((a, b) => a - b)[numbers.length >> 1];
+}
+
 function quantiles(numbers: number[]): string[] {
   const sorted = numbers.toSorted((a, b) => a - b);
   const at = (share: number) => sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
@@ -241,7 +245,7 @@ function printLatencies(elapsed: number): void {
 function printMemory(samples: Record<string, number[]>): string[] {
   console.log("\n| MiB | after warm-up | at the end | growth |\n|---|---|---|---|");
   return Object.entries(samples).flatMap(([name, all]) => {
-    const part = (from: number, to: number) => Math.min(...all.slice(from * all.length, to * all.length)) / 2 ** 20;
+    const part = (from: number, to: number) => median(all.slice(from * all.length, to * all.length)) / 2 ** 20;
     const [before, after] = [part(1 / 3, 1 / 2), part(5 / 6, 1)];
     const growth = after / before - 1;
     console.log(`| ${name} | ${before.toFixed(1)} | ${after.toFixed(1)} | ${(100 * growth).toFixed(1)} % |`);

@@ -1,7 +1,6 @@
 /** A request as code that asks the same: curl, and the `openai` packages. Text in, text out. */
 
-export const LANGUAGES = ["curl", "JavaScript", "Python"] as const;
-export type Language = (typeof LANGUAGES)[number];
+export type Language = "curl" | "JavaScript" | "Python";
 
 export interface File {
   name: string;

@@ -1,8 +1,9 @@
 /** The playground: a chat with pictures. Knows the page; what the API says and what is measured is stream.ts. */
 import type { ChatMessage, ChatRequest } from "../../shared/api.ts";
-import { codeFor, LANGUAGES, type Language, pictureMark } from "./code.ts";
+import { codeFor, type Language, pictureMark } from "./code.ts";
 import { drawExample, type Picture, readPicture } from "./pictures.ts";
 import { type Answer, ask, call, Refused, refusal } from "./stream.ts";
+import { asked, make, numbersOf, verdict, write } from "./view.ts";
 
 interface Turn {
   pictures: Picture[];
@@ -25,17 +26,6 @@ let pictures: Picture[] = [];
 let seed = newSeed();
 /** Set while an answer is under way. */
 let running: AbortController | null = null;
-
-/** An element with properties and children; without an inline style, which the page's security policy forbids. */
-function make<K extends keyof HTMLElementTagNameMap>(
-  tag: K,
-  properties: Partial<HTMLElementTagNameMap[K]> = {},
-  ...children: (Node | string)[]
-): HTMLElementTagNameMap[K] {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
 
 /** For those who hear the page: told once, not with every token. */
 const say = (text: string) => ($("status").textContent = text);
@@ -70,7 +60,7 @@ async function submit(): Promise<void> {
   const request = requestOf(chat, turn, ({ url }) => url);
   const { signal } = (running = new AbortController());
   const answers = make("div", { className: compare ? "answers two" : "answers" });
-  const article = make("article", {}, asked(turn), answers);
+  const article = make("article", {}, asked(pictures, turn.question), answers);
   $("turns").append(article);
   complain(null);
   compose([], "");
@@ -93,8 +83,8 @@ async function submit(): Promise<void> {
       compose([...turn.pictures, ...pictures], `${turn.question}\n${question.value}`.trim());
       if (!signal.aborted) complain(error);
     } else {
-      const text = signal.aborted ? "Stopped." : words(error);
-      answers.lastElementChild!.append(make("p", { className: "fault", role: signal.aborted ? "" : "alert" }, text));
+      const [text, role] = signal.aborted ? ["Stopped.", null] : [words(error), "alert"];
+      answers.lastElementChild!.append(make("p", { className: "fault", role }, text));
     }
   } finally {
     if (turn.answer !== "") chat.push(turn);
@@ -112,6 +102,7 @@ function newChat(): void {
   $("turns").replaceChildren();
   compose([], "");
   complain(null);
+  say("");
   question.focus();
 }
 
@@ -123,11 +114,6 @@ function busy(on: boolean): void {
 }
 
 // Showing
-
-function asked({ pictures, question }: Turn): HTMLElement {
-  const images = pictures.map(({ url, name }) => make("img", { src: url, alt: name }));
-  return make("div", { className: "asked" }, ...images, make("h2", {}, question));
-}
 
 /** Writes an answer as it comes, with its numbers. Rejects with what breaks it off. */
 async function show(answer: Answer, answers: HTMLElement, title: string): Promise<void> {
@@ -155,30 +141,6 @@ async function show(answer: Answer, answers: HTMLElement, title: string): Promis
     panel.ariaBusy = "false";
     if (answer.finish === "length") panel.append(make("p", { className: "fault" }, "Cut off at the most tokens."));
   }
-}
-
-/** Word by word: a line below the spaces would stick out where the text wraps. */
-function write(text: HTMLElement, kind: string, part: string): void {
-  for (const word of part.split(/(\s+)/)) text.append(word.trim() ? make("span", { className: kind }, word) : word);
-}
-
-function numbersOf({ rate, meanAccepted, first, tokens }: Answer): HTMLElement[] {
-  const format = (value: number | null, digits: number) =>
-    value?.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }) ?? "–";
-  const rows = [
-    ["tokens/s", format(rate, 0)],
-    ["accepted a cycle", format(meanAccepted, 2)],
-    ["first token", first === null ? "–" : `${format(first, 0)} ms`],
-    ["tokens", format(tokens, 0)],
-  ];
-  return rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)));
-}
-
-function verdict(drafting: Answer, plain: Answer): (Node | string)[] {
-  const texts = drafting.text === plain.text ? "The two texts are identical." : "The two texts differ.";
-  if (!drafting.rate || !plain.rate) return [`Too short to compare the speeds. ${texts}`];
-  const factor = make("strong", {}, `${(drafting.rate / plain.rate).toFixed(2)}×`);
-  return [factor, ` the tokens/s of plain decoding. ${texts}`];
 }
 
 /** Whether the end of the page stays in view while text comes: until someone scrolls up, and again from when they return. */
@@ -276,20 +238,13 @@ async function nameModel(): Promise<void> {
 
 // Wiring
 
-$("languages").append(
-  ...LANGUAGES.map((language, index) =>
-    make(
-      "label",
-      {},
-      make("input", { type: "radio", name: "language", value: language, checked: index === 0 }),
-      language,
-    ),
-  ),
-);
 composer.onsubmit = (event) => {
   event.preventDefault();
   void submit();
 };
+// A field that is wrong can be shown only when it is unfolded. (The event does not bubble.)
+const unfold = ({ target }: Event) => (target as Element).closest("details")?.setAttribute("open", "");
+composer.addEventListener("invalid", unfold, { capture: true });
 send.onclick = () => running?.abort();
 question.onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -314,7 +269,11 @@ document.onpaste = (event) => {
   event.preventDefault();
   void add(files);
 };
+/** A link is taken too, only to be refused: the browser would leave the page for it. */
+const isForUs = ({ dataTransfer }: DragEvent) =>
+  ["Files", "text/uri-list"].some((type) => dataTransfer?.types.includes(type));
 document.ondragover = (event) => {
+  if (!isForUs(event)) return;
   event.preventDefault();
   root.classList.add("dragging");
 };
@@ -322,11 +281,12 @@ document.ondragleave = (event) => {
   if (event.relatedTarget === null) root.classList.remove("dragging");
 };
 document.ondrop = (event) => {
+  if (!isForUs(event)) return;
   event.preventDefault();
   root.classList.remove("dragging");
-  const files = [...(event.dataTransfer?.files ?? [])];
-  if (files.length > 0) void add(files);
-  else complain(new Error("Drop a picture's file; text and pictures of other pages cannot be taken."));
+  const { files } = event.dataTransfer!;
+  if (files.length > 0) void add([...files]);
+  else complain(new Error("A link cannot be taken; drop the picture's file."));
 };
 $("key").value = sessionStorage.getItem("key") ?? "";
 $("key").onchange = () => {

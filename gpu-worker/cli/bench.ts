@@ -11,9 +11,11 @@ import { type EngineOptions, LocalEngine } from "../engine-local.ts";
 import { startEngine } from "../engine-process.ts";
 import { startServer } from "../server.ts";
 import { startEdge } from "../start.ts";
+import { benchEdge } from "./bench-edge.ts";
 import { engineOptions, number, parseFlags } from "./options.ts";
 
-export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--device cpu|cuda|webgpu] [--threads N] [--json]`;
+export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--device cpu|cuda|webgpu] [--threads N] [--json]
+vispec bench --edge [--rounds N] [--json]`;
 
 const ROOT = join(import.meta.dirname, "../../test/goldens/qwen/images");
 const PICTURES = ["00-describe-0.png", "01-describe-0.png", "02-describe-0.png", "03-describe-0.png", "23-odd-0.png"];
@@ -176,7 +178,11 @@ function print(
 
 /** Plain, adaptive and the paper's tree take turns in every round, so that what else the machine does hits all alike. */
 export async function benchCommand(args: string[], signal: AbortSignal): Promise<void> {
-  const flags = parseFlags(args, ["rounds"], [], ["json"]);
+  const flags = parseFlags(args, ["rounds"], [], ["json", "edge"]);
+  if (flags.edge) {
+    const rounds = number(flags, "rounds", { min: 1, max: 100_000 }) ?? 300;
+    return benchEdge(rounds, flags.json === true, signal);
+  }
   const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? 8;
   const options = engineOptions(flags);
   const contenders = [

@@ -21,31 +21,20 @@ export type ToThread =
 /** `broken`: the thread can go on no more. */
 export type FromThread = { call: number } & ({ mask: Int32Array } | { refused: string; broken: boolean });
 
-type Library = typeof import("@mlc-ai/web-xgrammar");
-
 const file = createRequire(import.meta.url).resolve("@mlc-ai/web-xgrammar");
 // The package is CommonJS but says that it is ESM, so that Node cannot import it.
 const parameters = ["module", "exports", "require", "__filename", "__dirname", "console"];
 const evaluate = new Function(...parameters, readFileSync(file, "utf8"));
 
-/** An instance of the library; an error in a grammar aborts it, and `said` tells what was wrong. */
-function load(): { library: Library; said: string[] } {
-  const module = { exports: {} };
-  const said: string[] = [];
-  const say = (...words: unknown[]) => said.push(words.join(" "));
-  const quiet = { log: say, info: say, debug: say, warn: say, error: say };
-  evaluate(module, module.exports, createRequire(file), file, dirname(file), quiet);
-  return { library: module.exports as Library, said };
-}
+const module = { exports: {} };
+/** What the library prints before it gives up: of its own sources, nothing for a client. */
+const quiet = { log() {}, info() {}, debug() {}, warn() {}, error() {} };
+evaluate(module, module.exports, createRequire(file), file, dirname(file), quiet);
+const library = module.exports as typeof import("@mlc-ai/web-xgrammar");
 
 /** Compiled grammars that are kept. */
 const MAX_KEPT = 16;
 
-/** The grammar's fault, or the vocabulary's; the thread goes on. */
-class Refused extends Error {}
-
-let parser = load();
-const { library } = load();
 const { tokens, spelling } = workerData as Vocabulary;
 const info = await library.TokenizerInfo.createTokenizerInfo(tokens, spelling, false, tokens.length, []);
 const compiler = await library.GrammarCompiler.createGrammarCompiler(info, false);
@@ -53,21 +42,8 @@ const compiler = await library.GrammarCompiler.createGrammarCompiler(info, false
 const compiled = new Map<string, CompiledGrammar>();
 const matchers = new Map<number, GrammarMatcher>();
 
-/** Throws for a grammar that the library cannot take, in an instance of its own: the others do not end with it. */
-async function check(grammar: string): Promise<void> {
-  try {
-    (await parser.library.Grammar.fromEBNF(grammar)).dispose();
-  } catch (cause) {
-    const line = parser.said.find((text) => text.startsWith("[FATAL]")) ?? "";
-    parser = load();
-    throw new Refused(`the grammar library: ${line.replace(/^\[FATAL\] \S+:\d+: /, "").slice(0, 300)}`, { cause });
-  }
-}
-
 async function compile(text: string): Promise<CompiledGrammar> {
-  const known = compiled.get(text);
-  if (!known) await check(text);
-  const grammar = known ?? (await compiler.compileGrammar(text));
+  const grammar = compiled.get(text) ?? (await compiler.compileGrammar(text));
   compiled.delete(text);
   compiled.set(text, grammar);
   for (const [old, oldest] of compiled) {
@@ -89,26 +65,24 @@ async function answer(message: Extract<ToThread, { call: number }>): Promise<Int
   return matcher.isTerminated() ? new Int32Array(0) : matcher.getNextTokenBitmask();
 }
 
+function close(matcher: number): void {
+  matchers.get(matcher)?.dispose();
+  matchers.delete(matcher);
+}
+
 async function serve(message: ToThread): Promise<void> {
-  if ("close" in message) {
-    matchers.get(message.close)?.dispose();
-    matchers.delete(message.close);
-    return;
-  }
+  if ("close" in message) return close(message.close);
   const { call } = message;
+  const send = (answer: FromThread, moved: ArrayBuffer[] = []) => parentPort!.postMessage(answer, moved);
   try {
     const mask = await answer(message);
-    if (mask.length > 0 && mask.every((word) => word === 0)) throw new Refused("no token goes on from here");
-    parentPort!.postMessage({ call, mask } satisfies FromThread, [mask.buffer as ArrayBuffer]);
-  } catch (thrown) {
-    const broken = !(thrown instanceof Refused);
-    const refused = broken ? "the grammar library has failed on it" : thrown.message;
-    parentPort!.postMessage({ call, refused, broken } satisfies FromThread);
+    if (mask.length === 0 || mask.some((word) => word !== 0)) return send({ call, mask }, [mask.buffer as ArrayBuffer]);
+    if ("grammar" in message) close(call);
+    send({ call, refused: "no token goes on from here", broken: false });
+  } catch {
+    // The instance is aborted: out of memory, as a rule.
+    send({ call, refused: "the grammar library cannot take it, maybe for its size", broken: true });
   }
 }
 
-/** One message after the other: `said` is of one grammar. */
-let turn = Promise.resolve();
-parentPort!.on("message", (message: ToThread) => {
-  turn = turn.then(() => serve(message));
-});
+parentPort!.on("message", serve);

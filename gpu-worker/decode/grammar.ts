@@ -14,14 +14,11 @@ import { refuseSchema, schemaGrammar } from "./schema.ts";
 const ANY_OBJECT = `{"type":"object"}`;
 /** Milliseconds for one answer of the thread, above all for compiling a schema. */
 const LIMIT = 5000;
-/** Schemas that took longer, remembered so as to be refused at once. */
-const MAX_SLOW = 100;
 
 /** Makes what keeps answers to their schemas, for one tokenizer. The thread starts with the first request for JSON. */
 export class Grammars implements Disposable {
   readonly #makeVocabulary: () => Vocabulary;
   readonly #limit: number;
-  readonly #slow = new Set<string>();
   #vocabulary: Vocabulary | undefined;
   #thread: Thread | undefined;
 
@@ -37,20 +34,13 @@ export class Grammars implements Disposable {
    */
   async open(json: NonNullable<GenerateRequest["json"]>, stopTokens: Iterable<number>): Promise<Matcher> {
     const grammar = json.schema === null ? schemaGrammar(ANY_OBJECT, false) : schemaGrammar(json.schema, json.strict);
-    if (this.#slow.has(grammar)) throw this.#tooSlow(grammar);
     this.#vocabulary ??= this.#makeVocabulary();
     const { tokens } = this.#vocabulary;
     if (!this.#thread || this.#thread.ended) this.#thread = new Thread(this.#vocabulary, this.#limit);
     const stops = [...stopTokens].filter((token) => tokens[token] === "");
-    const matcher = new Matcher(this.#thread, { grammar, stops }, () => this.#tooSlow(grammar));
+    const matcher = new Matcher(this.#thread, { grammar, stops });
     await matcher.mask();
     return matcher;
-  }
-
-  #tooSlow(grammar: string): Error {
-    this.#slow.add(grammar);
-    if (this.#slow.size > MAX_SLOW) this.#slow.delete(this.#slow.values().next().value!);
-    return refuseSchema(`takes more than ${this.#limit / 1000} s to compile`);
   }
 
   [Symbol.dispose](): void {
@@ -61,15 +51,13 @@ export class Grammars implements Disposable {
 /** Follows one answer. Disposing of it frees the thread's memory of it. */
 export class Matcher implements Constraint, Disposable {
   readonly #thread: Thread;
-  readonly #late: () => Error;
   readonly #id: number;
   #mask: Promise<Int32Array>;
 
-  constructor(thread: Thread, opening: { grammar: string; stops: number[] }, late: () => Error) {
+  constructor(thread: Thread, opening: { grammar: string; stops: number[] }) {
     this.#thread = thread;
-    this.#late = late;
     this.#id = thread.calls;
-    this.#mask = thread.ask(opening, late);
+    this.#mask = thread.ask(opening);
   }
 
   mask(): Promise<Int32Array> {
@@ -77,7 +65,7 @@ export class Matcher implements Constraint, Disposable {
   }
 
   accept(token: number): void {
-    this.#mask = this.#thread.ask({ matcher: this.#id, accept: token }, this.#late);
+    this.#mask = this.#thread.ask({ matcher: this.#id, accept: token });
     this.#mask.catch(() => {}); // it may be the last token, and nobody asks
   }
 
@@ -113,13 +101,13 @@ class Thread {
     });
   }
 
-  /** The mask that answers it; rejects when it is refused or, with what `late` gives, takes longer than the limit. */
-  ask(question: WithoutCall<ToThread>, late: () => Error): Promise<Int32Array> {
+  /** The mask that answers it; rejects when it is refused, or takes longer than the limit, which ends the thread. */
+  ask(question: WithoutCall<ToThread>): Promise<Int32Array> {
     const call = this.calls++;
     return new Promise((resolve, reject) => {
       if (this.ended) return reject(restarted());
       const timer = setTimeout(() => {
-        this.#take(call)?.reject(late());
+        this.#take(call)?.reject(refuseSchema(`takes more than ${this.#limit / 1000} s to compile`));
         this.end(restarted());
       }, this.#limit);
       this.#waiting.set(call, { resolve, reject, timer });

@@ -45,7 +45,7 @@ export class Context implements Disposable {
     this.#release = release;
     this.maxTree = maxTree;
     this.cache = new SequenceCache(runtime, language, rows, maxTree, model.mover);
-    this.#treeRow = 0;
+    this.#treeRow = this.cache.capacity - maxTree;
     this.hidden = runtime.tensor("f32", this.cache.capacity * language.hidden, "device");
     this.logits = runtime.tensor("f32", maxTree * language.vocabulary);
     this.#ids = runtime.tensor("i64", maxTree);

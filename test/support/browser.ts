@@ -59,10 +59,10 @@ export async function axeFindings(page: Page): Promise<string[]> {
   return grave.flatMap(({ id, nodes }) => nodes.map(({ html }) => `${id}: ${html}`));
 }
 
-/** Puts files into the page in the way that a person does by mouse or keyboard, as the event that arises from it. */
+/** What a person's files, or without any a link, cause in the page: pasted, held over it, or dropped. */
 export async function give(
   page: Page,
-  way: "paste" | "drop",
+  way: "paste" | "dragover" | "drop",
   files: { name: string; mimeType: string; buffer: Buffer }[],
 ) {
   const sources = files.map(({ name, mimeType, buffer }) => [name, mimeType, buffer.toString("base64")]);
@@ -70,11 +70,12 @@ export async function give(
     const data = new DataTransfer();
     for (const [name, type, base64] of ${JSON.stringify(sources)})
       data.items.add(new File([Uint8Array.fromBase64(base64)], name, { type }));
+    if (data.files.length === 0) data.setData("text/uri-list", "http://127.0.0.1:9/picture.png");
     const options = { bubbles: true, cancelable: true };
-    const events = {
-      paste: () => [new ClipboardEvent("paste", { ...options, clipboardData: data })],
-      drop: () => ["dragover", "drop"].map((name) => new DragEvent(name, { ...options, dataTransfer: data })),
-    };
-    for (const event of events.${way}()) document.querySelector("#question").dispatchEvent(event);
+    const event =
+      "${way}" === "paste"
+        ? new ClipboardEvent("paste", { ...options, clipboardData: data })
+        : new DragEvent("${way}", { ...options, dataTransfer: data });
+    document.querySelector("#question").dispatchEvent(event);
   }`);
 }

@@ -42,12 +42,20 @@ async function leaveInTheMiddle(): Promise<void> {
   for await (const _step of engine.generate(long.request, long.images, never)) if (++cycles === 3) return;
 }
 
+/** What follows answers in JSON has some 12 kB in the grammar's thread. */
+async function followMany(): Promise<void> {
+  const { eosTokens } = engine.model.config;
+  for (let i = 0; i < 30; i++)
+    (await engine.grammars.open({ schema: null, strict: true }, eosTokens))[Symbol.dispose]();
+}
+
 const kinds: (() => Promise<unknown>)[] = [
   () => all(text),
   () => all(text, { sampling: { ...text.request.sampling, temperature: 1 } }),
   () => all(text, { n: 3, plain: true }),
   () => all(picture, { n: 2 }),
   () => all(text, { json: { schema: null, strict: true } }),
+  followMany,
   () => all(picture),
   () => all(pictures),
   abortInTheMiddle,
