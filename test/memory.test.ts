@@ -1,5 +1,5 @@
 /** Nothing stays behind: tensors by the runtime's own count, everything else by the size of a process. */
-import { afterAll, beforeAll, expect, test } from "vitest";
+import { afterAll, beforeAll, expect, test, vi } from "vitest";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import type { GenerateRequest } from "../shared/protocol.ts";
 import { start } from "./support/cli.ts";
@@ -44,6 +44,28 @@ test("an abort frees a sequence's memory within one cycle", async () => {
   expect(engine.runtime.allocatedBytes).toBeGreaterThan(free);
   controller.abort(new Error("enough"));
   await expect(steps.next()).rejects.toThrow("enough");
+  expect(allocated()).toBe(free);
+});
+
+test("an abort ends a prompt of many passes after the one that runs", async () => {
+  const controller = new AbortController();
+  const { request } = await prepare(engine, {
+    id: "long",
+    messages: [{ role: "user", content: "word ".repeat(1000) }],
+  });
+  const free = allocated();
+  const passes = engine.target.passes.bind(engine.target);
+  let count = 0;
+  vi.spyOn(engine.target, "passes").mockImplementation(function* (context, chunk) {
+    for (const pass of passes(context, chunk)) {
+      count++;
+      controller.abort(new Error("enough"));
+      yield pass;
+    }
+  });
+  await expect(collect(engine.generate(request, [], controller.signal))).rejects.toThrow("enough");
+  vi.restoreAllMocks();
+  expect(count).toBe(1);
   expect(allocated()).toBe(free);
 });
 

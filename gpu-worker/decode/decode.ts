@@ -43,7 +43,8 @@ export async function* decode(
 ): AsyncGenerator<AsyncGenerator<Cycle>> {
   options.signal.throwIfAborted();
   const begun = performance.now();
-  using context = target.prefill(prompt, options.maxTokens, drafter.maxTree);
+  using context = target.begin(prompt, options.maxTokens, drafter.maxTree);
+  for (const _ of target.passes(context)) await breathe(options.signal);
   // Trees are scored into the same memory.
   const logits = options.samplers.length > 1 ? context.firstLogits.slice() : context.firstLogits;
   const prefilled = { context, logits, milliseconds: performance.now() - begun };
@@ -70,8 +71,7 @@ async function* decodeChoice(
   given = 1;
   const drafting = drafter.start(context);
   for (let fresh: Fresh = { rows: [context.cache.length - 1], next: [first] }; ; ) {
-    await setImmediate(); // lets messages in: a cancellation above all
-    signal.throwIfAborted();
+    await breathe(signal);
     const start = performance.now();
     const tree = drafting.propose(fresh);
     const proposed = performance.now();
@@ -90,4 +90,10 @@ async function* decodeChoice(
     given += path.tokens.length;
     if (given >= maxTokens || stopTokens.has(path.tokens.at(-1)!)) return;
   }
+}
+
+/** Lets messages in: a cancellation above all, whose reason it throws. */
+async function breathe(signal: AbortSignal): Promise<void> {
+  await setImmediate();
+  signal.throwIfAborted();
 }

@@ -36,18 +36,29 @@ export class Target implements Disposable {
     this.#rope = ropeTable(contextLength, frequencies(language.headSize, ropeTheta));
   }
 
-  /**
-   * Runs the prompt, `chunk` tokens a pass; `room` is the most tokens that will be added, `maxTree` the largest tree that
-   * will be scored.
-   */
+  /** Runs the prompt in one go: `begin` and all of `passes`. */
   prefill(prompt: Prompt, room: number, maxTree: number, chunk = PREFILL_CHUNK): Context {
-    const { expanded } = prompt;
-    const length = expanded.tokens.length;
-    const context = this.#take(length + room, maxTree);
-    context.begin(prompt);
-    this.#fillRope(context.cache, expanded);
-    for (let from = 0; from < length; from += chunk) this.#prefillChunk(context, from, Math.min(length, from + chunk));
+    const context = this.begin(prompt, room, maxTree);
+    for (const _ of this.passes(context, chunk));
     return context;
+  }
+
+  /** `room` is the most tokens that will be added to the prompt, `maxTree` the largest tree that will be scored. */
+  begin(prompt: Prompt, room: number, maxTree: number): Context {
+    const context = this.#take(prompt.expanded.tokens.length + room, maxTree);
+    context.begin(prompt);
+    this.#fillRope(context.cache, prompt.expanded);
+    return context;
+  }
+
+  /** Runs the prompt, `chunk` tokens a pass; yields between two passes. */
+  *passes(context: Context, chunk = PREFILL_CHUNK): Generator<void> {
+    const { length } = context.prompt.expanded.tokens;
+    for (let from = 0; ; from += chunk) {
+      this.#prefillChunk(context, from, Math.min(length, from + chunk));
+      if (from + chunk >= length) return;
+      yield;
+    }
   }
 
   /**
