@@ -134,9 +134,12 @@ async function models(c: EdgeContext): Promise<{ id: string }[]> {
  * gets a reset connection instead of the answer.
  */
 async function readBody(request: Request): Promise<Uint8Array> {
+  const length = request.headers.get("content-length");
   const chunks: Uint8Array[] = [];
   let size = 0;
   try {
+    // In one go where it can be, which is faster by far.
+    if (length !== null && Number(length) <= BODY_LIMIT) return new Uint8Array(await request.arrayBuffer());
     for await (const chunk of request.body ?? []) {
       size += chunk.length;
       if (size <= BODY_LIMIT) chunks.push(chunk);

@@ -97,6 +97,7 @@ const draft = object({
   tokens: { ...count, description: "Tokens of this chunk." },
   accepted: { ...count, description: "How many of them were accepted drafts." },
   characters: { ...count, description: "How many of the text's first characters came of drafts." },
+  ms: { type: "number", description: "Milliseconds since the choice's first tokens, by the worker's clock." },
 });
 const model = object({ id: text, object: constant("model"), created: count, owned_by: text });
 const error = object({ message: text, type: text, param: nullable(text), code: nullable(text) });

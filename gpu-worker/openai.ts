@@ -16,8 +16,9 @@ export class Answer {
   /** OpenAI has "usage":null in all chunks but the last when usage was asked for. */
   readonly #chunkEnd: string;
   readonly #newLogprobs: () => LogprobWriter;
-  /** The choice that is being streamed, and its log-probabilities. */
+  /** The choice that is being streamed, when its first tokens came, and its log-probabilities. */
   #choice = -1;
+  #began = 0;
   #logprobs: LogprobWriter;
   /** Of the choices that have ended. */
   readonly #finishes: Finish[] = [];
@@ -38,6 +39,7 @@ export class Answer {
   /** A choice's first event, which names the role in a chat. streamStep begins with it where that was not done yet. */
   streamStart(choice = 0): string {
     this.#choice = choice;
+    this.#began = performance.now();
     this.#logprobs = this.#newLogprobs();
     return this.#isChat
       ? this.#chunk(`"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null`, "null")
@@ -51,7 +53,7 @@ export class Answer {
     const listed = this.#listed(step);
     if (step.text !== "" || listed?.length || (includeDrafts && step.tokens.length > 0)) {
       const logprobs = listed ? this.#logprobs(listed) : "null";
-      events += this.#chunk(this.#delta(step.text, logprobs), "null", includeDrafts ? draftOf(step) : "");
+      events += this.#chunk(this.#delta(step.text, logprobs), "null", includeDrafts ? this.#draft(step) : "");
     }
     if (!step.finish) return events;
     this.#finishes.push(step.finish);
@@ -73,6 +75,12 @@ export class Answer {
   #chunk(delta: string, reason: string, draft = ""): string {
     const choice = `{"index":${this.#choice},${delta},"finish_reason":${reason}}`;
     return `${this.#chunkHead},"choices":[${choice}]${draft}${this.#chunkEnd}`;
+  }
+
+  /** Own extension. The time is the worker's: what it sends at short intervals often arrives at once. */
+  #draft({ tokens, accepted, draftText }: Step): string {
+    const ms = (performance.now() - this.#began).toFixed(2);
+    return `,"draft":{"tokens":${tokens.length},"accepted":${accepted},"characters":${draftText},"ms":${Number(ms)}}`;
   }
 
   /** The body of an answer that is not streamed; `steps` are all of it. */
@@ -145,11 +153,6 @@ function completionLogprobs(tokenizer: Tokenizer): LogprobWriter {
 
 /** JSON has no -Infinity; OpenAI writes -9999 for a token that is (almost) impossible. */
 const finite = (logprob: number) => (Number.isFinite(logprob) ? logprob : -9999);
-
-/** Own extension: a chunk's tokens, how many were accepted drafts, and how many of its first characters those are. */
-function draftOf({ tokens, accepted, draftText }: Step): string {
-  return `,"draft":{"tokens":${tokens.length},"accepted":${accepted},"characters":${draftText}}`;
-}
 
 /** The event of an error after the stream has begun; the stream ends with it. */
 export function errorEvent(error: ApiError): string {

@@ -109,7 +109,7 @@ const common = {
         .boolean()
         .nullish()
         .describe(
-          "Own extension: `draft` in every chunk says its tokens, how many were accepted drafts, and how many of its first characters those are.",
+          "Own extension: `draft` in every chunk says its tokens, how many were accepted drafts, how many of its first characters (UTF-16) those are, and the milliseconds since the choice's first tokens.",
         ),
     })
     .nullish()

@@ -22,13 +22,21 @@ export function decodeDataUrl(url: string, where: string): Uint8Array<ArrayBuffe
     throw refuse(`media type ${JSON.stringify(mediaType)} is not supported; send JPEG, PNG, WebP or GIF`);
   }
   if (!/;base64$/i.test(header[2])) throw refuse("the data: URL must be base64");
-  let binary: string;
+  let bytes: Uint8Array<ArrayBuffer>;
   try {
-    binary = atob(url.slice(comma + 1));
+    bytes = fromBase64(url.slice(comma + 1));
   } catch (cause) {
     throw refuse("the data: URL's base64 is malformed", { code: "invalid_base64", cause });
   }
-  if (binary.length === 0) throw refuse("the image is empty (0 bytes)", { code: "empty_image" });
+  if (bytes.length === 0) throw refuse("the image is empty (0 bytes)", { code: "empty_image" });
+  return bytes;
+}
+
+/** Throws for malformed base64. workerd has it natively, and faster; Node 24 has not. */
+function fromBase64(text: string): Uint8Array<ArrayBuffer> {
+  const native = Uint8Array as { fromBase64?: (text: string) => Uint8Array<ArrayBuffer> };
+  if (native.fromBase64) return native.fromBase64(text);
+  const binary = atob(text);
   const bytes = new Uint8Array(binary.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
   return bytes;

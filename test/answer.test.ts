@@ -161,9 +161,9 @@ test.each(["chat", "completion"] as const)(
     const drafts = (request: Partial<GenerateRequest>) =>
       stream(steps, { kind, ...request }).flatMap((event) => (event.draft ? [event.draft] : []));
     expect(drafts({ includeDrafts: true })).toEqual([
-      { tokens: 1, accepted: 0, characters: 0 },
-      { tokens: 3, accepted: 2, characters: 7 },
-      { tokens: 1, accepted: 0, characters: 0 },
+      { tokens: 1, accepted: 0, characters: 0, ms: expect.any(Number) },
+      { tokens: 3, accepted: 2, characters: 7, ms: expect.any(Number) },
+      { tokens: 1, accepted: 0, characters: 0, ms: expect.any(Number) },
     ]);
     expect(drafts({ includeDrafts: false })).toEqual([]);
     const content = (request: Partial<GenerateRequest>) =>

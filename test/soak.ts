@@ -25,7 +25,7 @@ const { values } = parseArgs({
 });
 const [seconds, clients] = [Number(values.seconds), Number(values.clients)];
 const GROWTH = 0.05;
-const WARM_UP = 6000;
+const WARM_UP = 10_000;
 
 /** Milliseconds, by the kind of request. */
 interface Timing {

@@ -23,7 +23,7 @@ export interface Piece {
 interface Chunk {
   error?: { message: string; param: string | null };
   choices: { delta: { content?: string }; finish_reason: string | null }[];
-  draft?: { tokens: number; accepted: number; characters: number };
+  draft?: { tokens: number; accepted: number; characters: number; ms: number };
 }
 
 /** One answer on its way: iterate it once for its pieces; its numbers are true at any time. */
@@ -35,19 +35,17 @@ export class Answer implements AsyncIterable<Piece> {
   first: number | null = null;
   finish: string | null = null;
   readonly #request: () => Promise<Response>;
-  /** When the first tokens came, and how many; when the last ones did. */
-  #from = 0;
+  /** How many tokens came first, and the worker's milliseconds from them to the last ones. */
   #head = 0;
-  #to = 0;
+  #time = 0;
 
   constructor(request: () => Promise<Response>) {
     this.#request = request;
   }
 
-  /** Tokens a second after the first ones. Null until there were some milliseconds: what comes at once was not made at once. */
+  /** Tokens a second after the first ones, which the prompt's pass gives. Null until there are more. */
   get rate(): number | null {
-    const time = this.#to - this.#from;
-    return time > 10 ? (1000 * (this.tokens - this.#head)) / time : null;
+    return this.#time > 0 ? (1000 * (this.tokens - this.#head)) / this.#time : null;
   }
 
   /** Accepted drafts a cycle. A cycle gives one token of the target's own; the first of these comes of the prompt. */
@@ -62,28 +60,26 @@ export class Answer implements AsyncIterable<Piece> {
     const response = await this.#request();
     if (!response.ok || !response.body) throw await refusal(response);
     for await (const events of readEvents(response.body)) {
-      const now = performance.now();
-      this.first ??= now - start;
+      this.first ??= performance.now() - start;
       for (const event of events) {
         if (event === "[DONE]") return;
         const chunk: Chunk = JSON.parse(event);
         if (chunk.error) throw new Refused(chunk.error.message, response.status, chunk.error.param);
-        yield this.#take(chunk, now);
+        yield this.#take(chunk);
       }
     }
     throw new Refused("The answer broke off.", response.status);
   }
 
-  #take({ choices: [{ delta, finish_reason }], draft }: Chunk, now: number): Piece {
+  #take({ choices: [{ delta, finish_reason }], draft }: Chunk): Piece {
     this.finish = finish_reason ?? this.finish;
     const text = delta.content ?? "";
     this.text += text;
     if (!draft) return { drafted: "", own: text };
-    if (this.tokens === 0) this.#from = now;
-    this.#to = now;
+    if (this.tokens === 0) this.#head = draft.tokens;
+    this.#time = draft.ms;
     this.tokens += draft.tokens;
     this.accepted += draft.accepted;
-    if (this.#to === this.#from) this.#head = this.tokens;
     return { drafted: text.slice(0, draft.characters), own: text.slice(draft.characters) };
   }
 }

@@ -35,7 +35,8 @@ interface Row {
   knownImage: Quantiles;
   newImage: Quantiles;
   text: Quantiles;
-  /** MiB of workerd after all of them; null where /proc is missing. */
+  /** MiB of workerd after the first request and after the last; null where /proc is missing. */
+  firstMemory: number | null;
   memory: number | null;
 }
 
@@ -127,13 +128,15 @@ async function measure(name: string, tokenizer: string, rounds: number, signal: 
     };
     const known = randomBytes(IMAGE_BYTES);
     const firstRequestMs = await time(known);
+    const firstMemory = workerdMemory();
     const [knownTimes, newTimes, textTimes]: number[][] = [[], [], []];
     for (let round = -20; round < rounds; round++) {
       const times = [await time(known), await time(randomBytes(IMAGE_BYTES), true), await time(null)];
       if (round >= 0) for (const [i, list] of [knownTimes, newTimes, textTimes].entries()) list.push(times[i]);
     }
     const [knownImage, newImage, text] = [knownTimes, newTimes, textTimes].map(quantiles);
-    return { tokenizer: name, startMs, firstRequestMs, knownImage, newImage, text, memory: workerdMemory() };
+    const memory = workerdMemory();
+    return { tokenizer: name, startMs, firstRequestMs, knownImage, newImage, text, firstMemory, memory };
   } finally {
     agent.destroy();
     await edge.close();
@@ -218,13 +221,14 @@ export async function benchEdge(rounds: number, json: boolean, signal: AbortSign
 
 function print(made: Awaited<ReturnType<typeof bundle>>, rows: Row[], work: Record<string, number>): void {
   const kib = (bytes: number) => `${(bytes / 1024).toFixed(0)} KiB`;
+  const memory = (row: Row) => [row.firstMemory, row.memory].map((mib) => mib?.toFixed(0) ?? "?").join(" / ");
   const both = ({ p50, p95 }: Quantiles) => `${p50.toFixed(2)} / ${p95.toFixed(2)}`;
   console.log(`Bundle: ${kib(made.bytes)}, gzip ${kib(made.gzip)}. An image has ${IMAGE_BYTES / 1000} kB.\n`);
-  console.log("| tokenizer | workerd starts ms | first request ms | known image p50 / p95 ms | new image | no image | workerd MiB |"); // biome-ignore format: one line
+  console.log("| tokenizer | workerd starts ms | first request ms | known image p50 / p95 ms | new image | no image | workerd MiB, first / last |"); // biome-ignore format: one line
   console.log("|---|---|---|---|---|---|---|");
   for (const row of rows) {
     const times = [row.knownImage, row.newImage, row.text].map(both);
-    const numbers = [row.startMs.toFixed(0), row.firstRequestMs.toFixed(0), ...times, row.memory?.toFixed(0) ?? "?"];
+    const numbers = [row.startMs.toFixed(0), row.firstRequestMs.toFixed(0), ...times, memory(row)];
     console.log(`| ${[row.tokenizer, ...numbers].join(" | ")} |`);
   }
   console.log(
