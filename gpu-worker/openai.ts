@@ -36,8 +36,8 @@ export class Answer {
     this.#logprobs = this.#newLogprobs();
   }
 
-  /** A choice's first event, which names the role in a chat. streamStep begins with it where that was not done yet. */
-  streamStart(choice = 0): string {
+  /** A choice's first event, which names the role in a chat. */
+  #streamStart(choice: number): string {
     this.#choice = choice;
     this.#began = performance.now();
     this.#logprobs = this.#newLogprobs();
@@ -48,7 +48,7 @@ export class Answer {
 
   /** Events of one step: its text, if any; after a choice's last one the reason; after all choices usage and [DONE]. */
   streamStep(step: Step): string {
-    let events = step.choice === this.#choice ? "" : this.streamStart(step.choice);
+    let events = step.choice === this.#choice ? "" : this.#streamStart(step.choice);
     const { includeDrafts, n } = this.#request;
     const listed = this.#listed(step);
     if (step.text !== "" || listed?.length || (includeDrafts && step.tokens.length > 0)) {

@@ -16,11 +16,9 @@ export async function stream(steps: AsyncIterable<Step>, answer: Answer, respons
   };
   try {
     for await (const step of steps) {
-      if (!response.headersSent) {
+      if (!response.headersSent)
         response.writeHead(200, { "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache" });
-        pending = answer.streamStart();
-        setImmediate(flush);
-      } else if (pending === "") setImmediate(flush);
+      if (pending === "") setImmediate(flush);
       pending += answer.streamStep(step);
     }
   } catch (thrown) {

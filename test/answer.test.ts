@@ -104,13 +104,6 @@ test("a completion has its text where OpenAI has it, in body and chunks", () => 
   expect(stream(plain, { ...request, includeUsage: true })).toEqual([...nulls, last, "[DONE]"]);
 });
 
-test("a stream may be started before its first step, and is the same then", () => {
-  for (const kind of ["chat", "completion"] as const) {
-    const answer = answerTo({ kind });
-    expect(read(answer.streamStart() + plain.map((one) => answer.streamStep(one)).join(""))).toEqual(stream(plain, { kind })); // biome-ignore format: one line
-  }
-});
-
 const three = withoutLogprobs([
   step("One", { finish: finish("stop", { completionTokens: 2 }) }, [46, EOS]),
   ...[step("Two", { choice: 1 }), step(" more", { choice: 1, finish: finish("length", { acceptedPerCycle: [2, 3], drafted: 6 }) })],
