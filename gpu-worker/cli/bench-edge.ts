@@ -6,11 +6,7 @@ import type { AddressInfo } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { gzipSync } from "node:zlib";
-import { ChatModel, prepareChat } from "../../shared/chat.ts";
-import { decodeDataUrl, hashImage } from "../../shared/images.ts";
-import { parseChatRequest } from "../../shared/parse.ts";
 import type { ModelInfo } from "../../shared/protocol.ts";
-import { Signer } from "../../shared/sign.ts";
 import { bundleEdge } from "../bundle.ts";
 import { startEdge } from "../start.ts";
 import { DEFAULT_MODEL } from "./options.ts";
@@ -162,35 +158,6 @@ function workerdMemory(): number | null {
   return workerd ? memoryOf(workerd.pid) / 2 ** 20 : null;
 }
 
-/** What of it is plain work: each part alone, in this process, for the request with the image. Milliseconds. */
-async function parts(tokenizer: string, rounds: number): Promise<Record<string, number>> {
-  const model = new ChatModel(modelInfo(tokenizer));
-  const signer = new Signer("bench");
-  const body = bodyOf(randomBytes(IMAGE_BYTES)).toString();
-  const chat = parseChatRequest(body);
-  const url = (chat.messages[0].content as { image_url: { url: string } }[])[0].image_url.url;
-  const bytes = decodeDataUrl(url, "");
-  const { request } = await prepareChat(chat, model, { id: "bench", tenant: "" });
-  const work: Record<string, () => unknown> = {
-    "JSON and schema": () => parseChatRequest(body),
-    base64: () => decodeDataUrl(url, ""),
-    "SHA-256": () => hashImage(bytes),
-    "template and tokens": () => model.tokenize(chat.messages),
-    "JSON and signature": () => signer.sign("POST", "/internal/generate", JSON.stringify(request)),
-  };
-  const medians: Record<string, number> = {};
-  for (const [name, run] of Object.entries(work)) {
-    const times: number[] = [];
-    for (let i = 0; i < rounds; i++) {
-      const begun = performance.now();
-      await run();
-      times.push(performance.now() - begun);
-    }
-    medians[name] = quantiles(times).p50;
-  }
-  return medians;
-}
-
 /** The bundle's size in bytes, and what making it takes. */
 async function bundle() {
   const folder = mkdtempSync(join(tmpdir(), "vispec-"));
@@ -214,12 +181,11 @@ export async function benchEdge(rounds: number, json: boolean, signal: AbortSign
   else console.error(`${FULL_SIZE} is not installed, so only the tiny tokenizer is measured`);
   const rows: Row[] = [];
   for (const [name, folder] of tokenizers) rows.push(await measure(name, folder, rounds, signal));
-  const work = await parts(tokenizers.at(-1)![1], rounds);
-  if (json) console.log(JSON.stringify({ bundle: made, imageBytes: IMAGE_BYTES, rounds, rows, parts: work }));
-  else print(made, rows, work);
+  if (json) console.log(JSON.stringify({ bundle: made, imageBytes: IMAGE_BYTES, rounds, rows }));
+  else print(made, rows);
 }
 
-function print(made: Awaited<ReturnType<typeof bundle>>, rows: Row[], work: Record<string, number>): void {
+function print(made: Awaited<ReturnType<typeof bundle>>, rows: Row[]): void {
   const kib = (bytes: number) => `${(bytes / 1024).toFixed(0)} KiB`;
   const memory = (row: Row) => [row.firstMemory, row.memory].map((mib) => mib?.toFixed(0) ?? "?").join(" / ");
   const both = ({ p50, p95 }: Quantiles) => `${p50.toFixed(2)} / ${p95.toFixed(2)}`;
@@ -231,8 +197,4 @@ function print(made: Awaited<ReturnType<typeof bundle>>, rows: Row[], work: Reco
     const numbers = [row.startMs.toFixed(0), row.firstRequestMs.toFixed(0), ...times, memory(row)];
     console.log(`| ${[row.tokenizer, ...numbers].join(" | ")} |`);
   }
-  console.log(
-    `\n| part, in Node | ${Object.keys(work).join(" | ")} |\n|---${"|---".repeat(Object.keys(work).length)}|`,
-  );
-  console.log(`| ms | ${Object.values(work).map((ms) => ms.toFixed(2)).join(" | ")} |`); // biome-ignore format: one line
 }
