@@ -9,7 +9,7 @@ import { type Drafter, noDrafter } from "./decode/drafters/drafter.ts";
 import { AdaptivePlan, type Costs, Experience, fixedPlan, type Plan, type TreeShape } from "./decode/drafters/plan.ts";
 import { vispecDrafter } from "./decode/drafters/vispec.ts";
 import { generate } from "./decode/generate.ts";
-import { Grammars } from "./decode/grammar.ts";
+import { Grammars } from "./decode/grammar/grammar.ts";
 import { Sampler } from "./decode/sample.ts";
 import { measureCosts } from "./engine/costs.ts";
 import { encodePicture, ImageStore } from "./engine/images.ts";

@@ -4,7 +4,7 @@ import { BENCH_HELP, benchCommand } from "./cli/bench.ts";
 import { GENERATE_HELP, generateCommand } from "./cli/generate.ts";
 import { UsageError } from "./cli/options.ts";
 import { type EndSignals, SERVE_HELP, serveCommand, startCommand } from "./cli/serve.ts";
-import { PortInUseError } from "./http.ts";
+import { PortInUseError } from "./service/http.ts";
 
 const either = ({ interrupt, terminate }: EndSignals) => AbortSignal.any([interrupt, terminate]);
 const commands: Record<string, (args: string[], signals: EndSignals) => Promise<void>> = {

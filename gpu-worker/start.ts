@@ -10,8 +10,8 @@ import { createInterface } from "node:readline";
 import type { Readable, Writable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import { bundleEdge } from "./bundle.ts";
-import { PortInUseError } from "./http.ts";
 import type { Log } from "./log.ts";
+import { PortInUseError } from "./service/http.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 

@@ -1,7 +1,7 @@
 /** Steps of the engine as OpenAI's JSON: steps made by hand, and every event read as JSON. */
 import { expect, test } from "vitest";
 import type { Finish, Step, TokenLogprob } from "../gpu-worker/engine.ts";
-import { Answer, errorEvent, modelList } from "../gpu-worker/openai.ts";
+import { Answer, errorEvent, modelList } from "../gpu-worker/service/openai.ts";
 import { ApiError } from "../shared/errors.ts";
 import type { GenerateRequest } from "../shared/protocol.ts";
 import { Tokenizer } from "../shared/tokenizer.ts";

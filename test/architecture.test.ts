@@ -49,19 +49,20 @@ const rules: Rule[] = [
   { from: /^gpu-worker\/model\//, to: INSIDE, but: /^gpu-worker\/((model|ops|graph|input)\/|engine\/runtime\.ts$)/ },
   // What the builders of graphs may know of the runtime: the element types.
   { from: /^gpu-worker\/(graph|ops|model)\//, to: /^gpu-worker\/engine\//, types: true, values: ["DTYPES"] },
-  { from: /^gpu-worker\/engine\//, to: /^gpu-worker\/(cli\/|[^/]+$)/ },
+  { from: /^gpu-worker\/engine\//, to: /^gpu-worker\/((cli|service)\/|[^/]+$)/ },
   { from: /^gpu-worker\/engine\//, to: /^gpu-worker\/decode\//, types: true },
-  { from: /^gpu-worker\/decode\//, to: /^gpu-worker\/(cli\/|[^/]+$)|^node:http/, types: true },
-  { from: /^gpu-worker\/(?!engine-local\.ts)[^/]+$/, to: /^gpu-worker\/(model|ops|graph|input)\//, types: true },
+  { from: /^gpu-worker\/decode\//, to: /^gpu-worker\/((cli|service)\/|[^/]+$)|^node:http/, types: true },
+  {
+    from: /^gpu-worker\/((?!engine-local\.ts)[^/]+$|service\/)/,
+    to: /^gpu-worker\/(model|ops|graph|input)\//,
+    types: true,
+  },
   { from: /^(?!gpu-worker\/engine\/(runtime|ort-api)\.ts$)/, to: /^koffi$/, types: true },
   // The server knows the engine by its interface; what it is made of knows neither.
-  { from: /^gpu-worker\/server\.ts$/, to: /^gpu-worker\/engine-/ },
-  {
-    from: /^gpu-worker\/(fetch-image|http|log|metrics|openai|pictures|queue|stream|until-aborted)\.ts$/,
-    to: /^gpu-worker\/(server|start|engine-[a-z]+)\.ts$/,
-  },
-  { from: /^gpu-worker\/(log|metrics|queue|until-aborted)\.ts$/, to: /^node:(http|net)$/ },
-  { from: /^(?!gpu-worker\/metrics\.ts$)/, to: /^prom-client$/ },
+  { from: /^gpu-worker\/service\//, to: /^gpu-worker\/((cli|engine|decode)\/|(engine-|start|main).*\.ts$)/ },
+  { from: /^gpu-worker\/service\/(?!server\.ts)/, to: /^gpu-worker\/service\/server\.ts$/ },
+  { from: /^gpu-worker\/service\/(metrics|queue)\.ts$/, to: /^node:(http|net)$/ },
+  { from: /^(?!gpu-worker\/service\/metrics\.ts$)/, to: /^prom-client$/ },
 ];
 
 function violations(imports: Import[]): string[] {
@@ -113,24 +114,24 @@ test("every import keeps to the rules, and no files import each other in a circl
 });
 
 test.each([
-  ["edge/index.ts", 'import { startServer } from "../gpu-worker/server.ts";'],
+  ["edge/index.ts", 'import { startServer } from "../gpu-worker/service/server.ts";'],
   ["edge/upstream.ts", 'import type { Engine } from "../gpu-worker/engine.ts";'],
   ["edge/index.ts", 'import { readFileSync } from "node:fs";'],
-  ["gpu-worker/server.ts", 'import app from "../edge/index.ts";'],
+  ["gpu-worker/service/server.ts", 'import app from "../../edge/index.ts";'],
   ["shared/chat.ts", 'import { createHash } from "node:crypto";'],
-  ["shared/chat.ts", 'export { Answer } from "../gpu-worker/openai.ts";'],
+  ["shared/chat.ts", 'export { Answer } from "../gpu-worker/service/openai.ts";'],
   ["gpu-worker/graph/onnx.ts", 'import { LocalEngine } from "../engine-local.ts";'],
   ["gpu-worker/graph/onnx.ts", 'import { DTYPES, Runtime } from "../engine/runtime.ts";'],
   ["gpu-worker/ops/norm.ts", 'import {\n  linear,\n  parameter,\n} from "../model/layers.ts";'],
   ["gpu-worker/input/resize.ts", 'const { Target } = await import("../engine/target.ts");'],
-  ["gpu-worker/decode/decode.ts", 'import { startServer } from "../server.ts";'],
+  ["gpu-worker/decode/decode.ts", 'import { startServer } from "../service/server.ts";'],
   ["gpu-worker/engine/target.ts", 'import koffi from "koffi";'],
   ["gpu-worker/model/model.ts", 'import { LocalEngine } from "../decode/generate.ts";'],
-  ["gpu-worker/queue.ts", 'import "../gpu-worker/model/weights.ts";'],
-  ["gpu-worker/server.ts", 'import { startEngine } from "./engine-process.ts";'],
-  ["gpu-worker/pictures.ts", 'import { startServer } from "./server.ts";'],
-  ["gpu-worker/metrics.ts", 'import type { ServerResponse } from "node:http";'],
-  ["gpu-worker/server.ts", 'import { Registry } from "prom-client";'],
+  ["gpu-worker/service/queue.ts", 'import "../model/weights.ts";'],
+  ["gpu-worker/service/server.ts", 'import { startEngine } from "../engine-process.ts";'],
+  ["gpu-worker/service/pictures.ts", 'import { startServer } from "./server.ts";'],
+  ["gpu-worker/service/metrics.ts", 'import type { ServerResponse } from "node:http";'],
+  ["gpu-worker/service/server.ts", 'import { Registry } from "prom-client";'],
 ])("%s breaks a rule with %s", (file, source) => {
   expect(violations(importsOf(file, source))).toHaveLength(1);
 });

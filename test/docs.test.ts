@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { z } from "zod";
 import { ERRORS, openApi } from "../edge/openapi.ts";
-import { startServer } from "../gpu-worker/server.ts";
+import { startServer } from "../gpu-worker/service/server.ts";
 import { ChatRequest, CompletionRequest } from "../shared/api.ts";
 import { parameters, sources, TABLES, withTables } from "./support/api-docs.ts";
 import { ROOT } from "./support/cli.ts";
@@ -22,7 +22,7 @@ function codesIn(text: string): string[] {
   return expressions.flatMap(([, expression]) => [...expression.matchAll(/"([a-z][a-z0-9_]*)"/g)].map(([, code]) => code)); // biome-ignore format: one line
 }
 /** Other codes: zod's, and the labels of a metric. */
-const OTHERS = ["shared/api.ts", "gpu-worker/metrics.ts"];
+const OTHERS = ["shared/api.ts", "gpu-worker/service/metrics.ts"];
 /** Between the engine and its server, which makes it a 503. */
 const INSIDE = ["gpu-worker/engine-local.ts image_missing 409"];
 
@@ -68,7 +68,7 @@ describe("docs/api.md", () => {
   });
 
   test("has the GPU worker's endpoints", () => {
-    const routes = found(/"((?:GET|POST|PUT) \/[^"]*)": \(/g, (path) => path === "gpu-worker/server.ts");
+    const routes = found(/"((?:GET|POST|PUT) \/[^"]*)": \(/g, (path) => path === "gpu-worker/service/server.ts");
     expect(routes.size).toBeGreaterThan(5);
     expect([...routes].filter((route) => !page.includes(`\`${route}`))).toEqual([]);
   });

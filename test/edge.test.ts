@@ -3,7 +3,7 @@ import { createHash } from "node:crypto";
 import { once } from "node:events";
 import { connect, type Socket } from "node:net";
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
-import { type RunningServer, startServer } from "../gpu-worker/server.ts";
+import { type RunningServer, startServer } from "../gpu-worker/service/server.ts";
 import { type RunningEdge, startEdge } from "../gpu-worker/start.ts";
 import { ApiError } from "../shared/errors.ts";
 import { imageKey } from "../shared/protocol.ts";

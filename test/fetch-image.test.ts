@@ -4,7 +4,7 @@ import { createServer as createTlsServer } from "node:https";
 import type { AddressInfo } from "node:net";
 import { setDefaultCACertificates } from "node:tls";
 import { afterAll, afterEach, beforeAll, expect, test } from "vitest";
-import { fetchImage, type ImageUrls, isPublic } from "../gpu-worker/fetch-image.ts";
+import { fetchImage, type ImageUrls, isPublic } from "../gpu-worker/service/fetch-image.ts";
 import type { ApiError } from "../shared/errors.ts";
 
 const WHERE = "messages[0].content[1]";

@@ -2,10 +2,10 @@
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { Grammars, type Matcher } from "../gpu-worker/decode/grammar.ts";
-import { patternExpression, rangeExpression } from "../gpu-worker/decode/pattern.ts";
+import { Grammars, type Matcher } from "../gpu-worker/decode/grammar/grammar.ts";
+import { patternExpression, rangeExpression } from "../gpu-worker/decode/grammar/pattern.ts";
+import { schemaGrammar } from "../gpu-worker/decode/grammar/schema.ts";
 import { uniforms } from "../gpu-worker/decode/sample.ts";
-import { schemaGrammar } from "../gpu-worker/decode/schema.ts";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { Tokenizer } from "../shared/tokenizer.ts";
 import { answer, cases, MODEL, openEngine, plainSampling, prepare, textOf, tokensOf } from "./support/goldens.ts";

@@ -8,7 +8,7 @@ import type { Browser, BrowserContextOptions, Page } from "playwright-core";
 import sharp from "sharp";
 import { afterAll, afterEach, beforeAll, describe, expect, onTestFinished, test } from "vitest";
 import { Answer, Refused } from "../edge/playground/stream.ts";
-import { type RunningServer, startServer } from "../gpu-worker/server.ts";
+import { type RunningServer, startServer } from "../gpu-worker/service/server.ts";
 import { type RunningEdge, startEdge } from "../gpu-worker/start.ts";
 import { ApiError } from "../shared/errors.ts";
 import { axeFindings, give, openBrowser, type Visit, visit } from "./support/browser.ts";

@@ -1,6 +1,6 @@
 /** The fair queue: order of turns, leaving, bounds, and that no turn is lost. */
 import { expect, test, vi } from "vitest";
-import { FairQueue, type Place } from "../gpu-worker/queue.ts";
+import { FairQueue, type Place } from "../gpu-worker/service/queue.ts";
 import { ApiError } from "../shared/errors.ts";
 
 const never = new AbortController().signal;

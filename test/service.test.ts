@@ -7,7 +7,7 @@ import { setTimeout as sleep } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import { afterEach, describe, expect, test } from "vitest";
 import { startEngine } from "../gpu-worker/engine-process.ts";
-import { type RunningServer, type ServerOptions, startServer } from "../gpu-worker/server.ts";
+import { type RunningServer, type ServerOptions, startServer } from "../gpu-worker/service/server.ts";
 import { type GenerateRequest, imagePath } from "../shared/protocol.ts";
 import { Signer } from "../shared/sign.ts";
 import { Checkpoint } from "./support/checkpoint.ts";

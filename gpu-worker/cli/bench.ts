@@ -9,7 +9,7 @@ import type { Costs } from "../decode/drafters/plan.ts";
 import type { Finish } from "../engine.ts";
 import { type EngineOptions, LocalEngine } from "../engine-local.ts";
 import { startEngine } from "../engine-process.ts";
-import { startServer } from "../server.ts";
+import { startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
 import { benchEdge } from "./bench-edge.ts";
 import { engineOptions, number, parseFlags } from "./options.ts";

@@ -2,9 +2,9 @@
 import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
 import { startEngine } from "../engine-process.ts";
-import { isLoopback } from "../http.ts";
 import { logToStderr as log } from "../log.ts";
-import { type ServerOptions, startServer } from "../server.ts";
+import { isLoopback } from "../service/http.ts";
+import { type ServerOptions, startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
 import { engineOptions, type Flags, number, oneOf, parseFlags, UsageError } from "./options.ts";
 

@@ -9,7 +9,7 @@ import type { Model } from "../model/model.ts";
 import { expandPrompt } from "../model/qwen/positions.ts";
 import { type Cycle, decode } from "./decode.ts";
 import { type Drafter, noDrafter } from "./drafters/drafter.ts";
-import type { Grammars } from "./grammar.ts";
+import type { Grammars } from "./grammar/grammar.ts";
 import { Sampler, seedOf } from "./sample.ts";
 import { StopStrings } from "./stop.ts";
 

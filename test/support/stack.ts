@@ -1,6 +1,6 @@
 /** Edge, GPU worker and the engine in its own process, as `npm start` puts them together. */
 import { type EngineProcess, startEngine } from "../../gpu-worker/engine-process.ts";
-import { type ServerOptions, startServer } from "../../gpu-worker/server.ts";
+import { type ServerOptions, startServer } from "../../gpu-worker/service/server.ts";
 import { startEdge } from "../../gpu-worker/start.ts";
 import { MODEL } from "./goldens.ts";
 

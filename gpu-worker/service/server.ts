@@ -1,22 +1,22 @@
 /** The GPU worker over HTTP: routes, statuses, streams, drain. Knows the engine by its interface only. */
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
-import { type Asker, ChatModel, type PreparedChat, prepareChat, prepareCompletion } from "../shared/chat.ts";
-import { ApiError, toApiError } from "../shared/errors.ts";
-import { hashImage } from "../shared/images.ts";
-import { parseBody, parseChatRequest, parseCompletionRequest } from "../shared/parse.ts";
-import { GenerateRequest, ImageHash, imageKey, type MissingImages, PixelLimits } from "../shared/protocol.ts";
-import { SIGNATURE_HEADER, Verifier } from "../shared/sign.ts";
-import type { Engine, Step } from "./engine.ts";
+import { type Asker, ChatModel, type PreparedChat, prepareChat, prepareCompletion } from "../../shared/chat.ts";
+import { ApiError, toApiError } from "../../shared/errors.ts";
+import { hashImage } from "../../shared/images.ts";
+import { parseBody, parseChatRequest, parseCompletionRequest } from "../../shared/parse.ts";
+import { GenerateRequest, ImageHash, imageKey, type MissingImages, PixelLimits } from "../../shared/protocol.ts";
+import { SIGNATURE_HEADER, Verifier } from "../../shared/sign.ts";
+import type { Engine, Step } from "../engine.ts";
+import { describeError, type Log } from "../log.ts";
+import { untilAborted } from "../until-aborted.ts";
 import type { ImageUrls } from "./fetch-image.ts";
 import { ClientLeft, isLoopback, PortInUseError, readBody, requestSignal, sendError, sendJson } from "./http.ts"; // biome-ignore format: one line
-import { describeError, type Log } from "./log.ts";
 import { Metrics, RequestRecord } from "./metrics.ts";
 import { Answer, errorEvent, modelList } from "./openai.ts";
 import { collectPictures, type Picture, putMissing } from "./pictures.ts";
 import { FairQueue } from "./queue.ts";
 import { stream } from "./stream.ts";
-import { untilAborted } from "./until-aborted.ts";
 
 const MIB = 2 ** 20;
 const IMAGE_LIMIT = 32 * MIB;

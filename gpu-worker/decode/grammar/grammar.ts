@@ -1,14 +1,14 @@
 /**
  * Structured output: which tokens may come next in an answer that has to be JSON. xgrammar says it, in a thread of its
- * own (grammar-thread.ts), so that neither a schema that is slow to compile nor one that ends the library's WebAssembly
+ * own (thread.ts), so that neither a schema that is slow to compile nor one that ends the library's WebAssembly
  * instance holds up or ends the engine. Knows no logits.
  */
 import { Worker } from "node:worker_threads";
-import { ApiError } from "../../shared/errors.ts";
-import type { GenerateRequest } from "../../shared/protocol.ts";
-import type { FromThread, ToThread, Vocabulary } from "./grammar-thread.ts";
-import type { Constraint } from "./sample.ts";
+import { ApiError } from "../../../shared/errors.ts";
+import type { GenerateRequest } from "../../../shared/protocol.ts";
+import type { Constraint } from "../sample.ts";
 import { refuseSchema, schemaGrammar } from "./schema.ts";
+import type { FromThread, ToThread, Vocabulary } from "./thread.ts";
 
 /** Any JSON object, which is what OpenAI's json_object means. */
 const ANY_OBJECT = `{"type":"object"}`;
@@ -91,7 +91,7 @@ class Thread {
 
   constructor(vocabulary: Vocabulary, limit: number) {
     this.#limit = limit;
-    this.#worker = new Worker(new URL("./grammar-thread.ts", import.meta.url), { workerData: vocabulary });
+    this.#worker = new Worker(new URL("./thread.ts", import.meta.url), { workerData: vocabulary });
     this.#worker.unref(); // the timer of a call that waits keeps the process
     this.#worker.on("error", (cause) => this.end(new Error("the grammar's thread has ended", { cause })));
     this.#worker.on("message", (message: FromThread) => {

@@ -1,5 +1,5 @@
 /** Who may run next: lanes in turn, each first come first served, within bounds. Knows nothing of what runs. */
-import { ApiError } from "../shared/errors.ts";
+import { ApiError } from "../../shared/errors.ts";
 
 interface Waiting {
   start: () => void;

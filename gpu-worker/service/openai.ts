@@ -1,9 +1,9 @@
 /** Steps of the engine in the words of OpenAI's API: one JSON body, or server-sent events. Sends nothing itself. */
-import type { ApiError } from "../shared/errors.ts";
-import type { GenerateRequest, ModelInfo } from "../shared/protocol.ts";
-import { Detokenizer, type Tokenizer } from "../shared/tokenizer.ts";
-import { utf8 } from "../shared/utf8.ts";
-import type { Finish, Step, TokenLogprob } from "./engine.ts";
+import type { ApiError } from "../../shared/errors.ts";
+import type { GenerateRequest, ModelInfo } from "../../shared/protocol.ts";
+import { Detokenizer, type Tokenizer } from "../../shared/tokenizer.ts";
+import { utf8 } from "../../shared/utf8.ts";
+import type { Finish, Step, TokenLogprob } from "../engine.ts";
 
 /** Writes one answer. Its strings are put together by hand, since this runs for every step of every stream. */
 export class Answer {

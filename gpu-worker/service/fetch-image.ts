@@ -7,8 +7,8 @@ import { lookup } from "node:dns/promises";
 import { request as httpRequest, type IncomingMessage } from "node:http";
 import { request as httpsRequest } from "node:https";
 import { BlockList, isIP, isIPv4 } from "node:net";
-import { ApiError } from "../shared/errors.ts";
-import { untilAborted } from "./until-aborted.ts";
+import { ApiError } from "../../shared/errors.ts";
+import { untilAborted } from "../until-aborted.ts";
 
 /** Whether pictures are fetched at all, from public addresses only, or (at home, and in tests) from anywhere. */
 export type ImageUrls = "off" | "public" | "any";

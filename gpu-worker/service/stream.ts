@@ -1,6 +1,6 @@
 /** An answer as server-sent events, written as its steps come. Knows no request. */
 import type { ServerResponse } from "node:http";
-import type { Step } from "./engine.ts";
+import type { Step } from "../engine.ts";
 import type { Answer } from "./openai.ts";
 
 /**

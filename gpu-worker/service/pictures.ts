@@ -1,11 +1,11 @@
 /** A request's pictures on their way into the engine: fetched if need be, put, or found missing. Knows no HTTP server. */
-import type { PreparedChat } from "../shared/chat.ts";
-import { ApiError, toApiError } from "../shared/errors.ts";
-import { hashImage } from "../shared/images.ts";
-import { imageKey, type PixelLimits } from "../shared/protocol.ts";
-import type { Engine } from "./engine.ts";
+import type { PreparedChat } from "../../shared/chat.ts";
+import { ApiError, toApiError } from "../../shared/errors.ts";
+import { hashImage } from "../../shared/images.ts";
+import { imageKey, type PixelLimits } from "../../shared/protocol.ts";
+import type { Engine } from "../engine.ts";
+import { untilAborted } from "../until-aborted.ts";
 import { fetchImage, type ImageUrls } from "./fetch-image.ts";
-import { untilAborted } from "./until-aborted.ts";
 
 /** Of one request: how many may be named by URL, how many are fetched at once, and the bytes of all, which are held. */
 const MOST_FETCHED = 64;

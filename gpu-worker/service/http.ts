@@ -1,6 +1,6 @@
 /** What node:http leaves to its users: bodies with a limit, JSON and error answers, a signal for when to give up. */
 import type { IncomingMessage, ServerResponse } from "node:http";
-import { ApiError } from "../shared/errors.ts";
+import { ApiError } from "../../shared/errors.ts";
 
 /** A port that another process has; nothing is wrong with the program, so the message says it all. */
 export class PortInUseError extends Error {

@@ -3,7 +3,7 @@
  * that oneOf is read as anyOf). The grammar library's own converter passes over many keywords without a word, writes
  * characters that JSON has to escape, and takes numbers that are out of range. Knows no tokens.
  */
-import { ApiError } from "../../shared/errors.ts";
+import { ApiError } from "../../../shared/errors.ts";
 import { type Bound, CHARACTER, patternExpression, rangeExpression } from "./pattern.ts";
 
 type Schema = Record<string, unknown>;

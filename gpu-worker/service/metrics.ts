@@ -3,9 +3,9 @@
  * that its dashboards work. Knows steps and outcomes, no HTTP and no queue.
  */
 import { Counter, Gauge, Histogram, Registry } from "prom-client";
-import type { ApiError } from "../shared/errors.ts";
-import type { GenerateRequest } from "../shared/protocol.ts";
-import type { Finish, Step } from "./engine.ts";
+import type { ApiError } from "../../shared/errors.ts";
+import type { GenerateRequest } from "../../shared/protocol.ts";
+import type { Finish, Step } from "../engine.ts";
 
 // vLLM's buckets in seconds, with finer ones before them: a small model gives a token in less than a millisecond.
 const FIRST_TOKEN = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560]; // biome-ignore format: one list
