@@ -25,7 +25,7 @@ interface Golden {
   error?: { stage: string };
 }
 
-const folder = new URL("./goldens/qwen", import.meta.url);
+const folder = new URL("./goldens/qwen/", import.meta.url);
 const goldens: Record<string, Golden> = JSON.parse(readFileSync(new URL("processor.json", folder), "utf8")).images;
 const read = (name: string) => readFileSync(new URL(`images/${name}`, folder));
 const accepted = Object.keys(goldens).filter((name) => !goldens[name].error && goldens[name].file.format !== "BMP");

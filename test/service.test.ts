@@ -498,16 +498,12 @@ describe("an engine that fails", () => {
     if (hangTimeout) await sleep(1.5 * hangTimeout); // as long as it answers, it is left alone
     expect(stack.engine.restarts).toBe(0);
     process.kill(pid, signal);
-    const killed = performance.now();
     const last = (await running.text()).trim().split("\n\n").at(-1)!;
     expect(JSON.parse(last.slice("data: ".length)).error).toMatchObject({
       type: "server_error",
       code: "engine_stopped",
     });
-    if (signal === "SIGKILL") {
-      await until(async () => (await fetch(`${stack.url}/ready`)).ok);
-      expect(performance.now() - killed).toBeLessThan(5000);
-    }
+    await until(async () => (await fetch(`${stack.url}/ready`)).ok);
     const answers = await Promise.all((await Promise.all(queued)).map(content));
     expect(answers).toEqual([...before, before[1]]);
     expect([stack.engine.restarts, stack.engine.ready, isGone(pid)]).toEqual([1, true, true]);
