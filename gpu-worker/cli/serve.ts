@@ -1,6 +1,7 @@
 /** `vispec serve`: the GPU worker alone. `npm start`: the worker and the edge before it, on this machine. */
 import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
+import { endBundler } from "../bundle.ts";
 import { startEngine } from "../engine-process.ts";
 import { logToStderr as log } from "../log.ts";
 import { isLoopback } from "../service/http.ts";
@@ -58,6 +59,7 @@ export async function startCommand(args: string[], signals: EndSignals): Promise
   const { API_KEYS: apiKeys, CORS_ORIGINS: corsOrigins } = process.env;
   const edgeOptions = { port, upstream: server.url, secret, apiKeys, corsOrigins, log };
   await using edge = disposable(await startEdge(edgeOptions));
+  await endBundler();
   log("info", "the GPU worker listens", { url: server.url });
   console.log(`${engine.info.id} answers at ${edge.url}. Ask it about a picture:\n\n${curl(edge.url)}\n`);
   // The edge comes second: it has to pass on what the worker has written last.
