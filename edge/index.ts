@@ -102,7 +102,7 @@ app.notFound((c) =>
 app.onError((thrown) => errorResponse(toApiError(thrown)));
 
 /** Reads, checks and prepares a request, and passes the worker's answer through. */
-async function complete<Asked extends { model?: string }>(
+async function complete<Asked extends { model?: string | null }>(
   c: EdgeContext,
   parse: (body: Uint8Array) => Asked,
   prepare: (asked: Asked, model: ChatModel, asker: Asker) => Promise<PreparedChat>,

@@ -19,6 +19,9 @@ interface Call {
 /** Milliseconds in which a worker has to say whether it is ready. */
 const READY_TIMEOUT = 5000;
 
+/** Images that are sent at once for one request. */
+const PUTS_AT_ONCE = 4;
+
 /** The GPU workers, and the model that they hold; one for all requests of an isolate. */
 export class Upstreams {
   readonly #urls: string[];
@@ -109,7 +112,15 @@ export class Upstreams {
         throw new ApiError(502, "The GPU worker asked for an unknown image.", { code: "upstream_error" });
       puts.set(imagePath(request.tenant, ref.hash, ref.limits), image);
     }
-    await Promise.all([...puts].map(([path, image]) => this.#putImage(url, path, image, request.id)));
+    // A few at a time: each takes a place in the worker's queue.
+    const rest = [...puts];
+    const next = async (): Promise<void> => {
+      const put = rest.shift();
+      if (!put) return;
+      await this.#putImage(url, put[0], put[1], request.id);
+      return next();
+    };
+    await Promise.all(Array.from({ length: PUTS_AT_ONCE }, next));
   }
 
   /** Throws ApiError that names the image's place if the worker refuses it. */
@@ -120,7 +131,7 @@ export class Upstreams {
     const { error } = await response.json<{ error: { message: string; code: string | null } }>();
     const retryAfter = Number(response.headers.get("retry-after")) || undefined;
     const code = error.code ?? undefined;
-    throw response.status < 500
+    throw response.status < 500 && response.status !== 429
       ? new ApiError(response.status, `${where}: ${error.message}`, { code, param: where, retryAfter })
       : new ApiError(response.status, error.message, { code, retryAfter });
   }
@@ -141,20 +152,24 @@ export class Upstreams {
         if (!(await isBusy(response))) return response;
         refusal = response;
       } catch (error) {
-        if (error instanceof ApiError) throw error;
+        if (error instanceof ApiError && !BUSY.includes(error.code)) throw error;
         cause = error;
       }
     }
     if (refusal) return refusal;
+    if (cause instanceof ApiError) throw cause;
     throw new ApiError(503, "No GPU worker can be reached.", { code: "upstream_unreachable", cause });
   }
 }
+
+/** Codes of a worker that takes nothing more for now. */
+const BUSY: (string | null)[] = ["draining", "queue_full"];
 
 /** Whether another worker may take what this one does not. (Not a request on which an engine has died: it might again.) */
 async function isBusy(response: Response): Promise<boolean> {
   if (response.status !== 429 && response.status !== 503) return false;
   const { error } = await response.clone().json<{ error?: { code: string | null } }>();
-  return error?.code === "draining" || error?.code === "queue_full";
+  return BUSY.includes(error?.code ?? null);
 }
 
 /** A worker's answer that a client may see. Throws ApiError for one that is about the edge, or not a worker's at all. */

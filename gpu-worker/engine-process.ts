@@ -45,8 +45,10 @@ const LONGEST_WAIT = 30_000;
 
 /** Starts the process and waits until its model is loaded. Rejects with CheckpointError when it can't be. */
 export async function startEngine(options: EngineOptions, watch: WatchOptions = {}): Promise<EngineProcess> {
+  const begun = performance.now();
   const child = launch(options);
-  return new EngineProcess(options, watch, child, await loaded(child));
+  const info = await loaded(child);
+  return new EngineProcess(options, watch, child, info, performance.now() - begun);
 }
 
 function launch(options: EngineOptions): ChildProcess {
@@ -79,6 +81,8 @@ export class EngineProcess implements Engine {
   restarts = 0;
   readonly #options: EngineOptions;
   readonly #hangTimeout: number;
+  /** Milliseconds that loading may take when the process is started again. */
+  readonly #loadTimeout: number;
   readonly #log: Log;
   /** The process that serves, or the last one that was started. */
   #child: ChildProcess;
@@ -90,9 +94,11 @@ export class EngineProcess implements Engine {
   #up: Promise<void> = Promise.resolve();
   readonly #closing = new AbortController();
 
-  constructor(options: EngineOptions, watch: WatchOptions, child: ChildProcess, info: ModelInfo) {
+  /** `loadMs`: what loading took the first time. */
+  constructor(options: EngineOptions, watch: WatchOptions, child: ChildProcess, info: ModelInfo, loadMs: number) {
     this.#options = options;
     this.#hangTimeout = watch.hangTimeout ?? 60_000;
+    this.#loadTimeout = Math.max(this.#hangTimeout, 10 * loadMs);
     this.#log = watch.log ?? (() => {});
     this.#child = child;
     this.info = info;
@@ -144,8 +150,9 @@ export class EngineProcess implements Engine {
     for (let wait = FIRST_WAIT; !signal.aborted; wait = Math.min(2 * wait, LONGEST_WAIT)) {
       const child = launch(this.#options);
       this.#child = child;
+      const late = setTimeout(() => child.kill("SIGKILL"), this.#loadTimeout);
       try {
-        const info = await loaded(child);
+        const info = await loaded(child).finally(() => clearTimeout(late));
         if (!isDeepStrictEqual(info, this.info)) this.info = info;
         this.#log("info", "the engine serves again", { pid: child.pid });
         return this.#serve(child);
@@ -241,9 +248,10 @@ export class EngineProcess implements Engine {
 }
 
 function stopped(): ApiError {
-  return new ApiError(503, "The engine has stopped.", { code: "engine_stopped" });
+  return new ApiError(503, "The engine has stopped.", { code: "engine_stopped", retryAfter: 1 });
 }
 
 function fromError({ status, message, code, param }: Extract<Answer, { error: unknown }>["error"]): ApiError {
-  return new ApiError(status, message, { code: code ?? undefined, param: param ?? undefined });
+  const retryAfter = status === 503 ? 1 : undefined;
+  return new ApiError(status, message, { code: code ?? undefined, param: param ?? undefined, retryAfter });
 }

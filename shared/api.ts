@@ -50,7 +50,7 @@ const stopString = z.string().min(1).max(LIMITS.stopCharacters);
 
 /** What both endpoints take. A parameter that is not listed is refused by its name. */
 const common = {
-  model: z.string().optional().describe("The model served; absent, it is that one. Any other name is a 404."),
+  model: z.string().nullish().describe("The model served; absent, it is that one. Any other name is a 404."),
   max_tokens: positive.nullish().describe("Most tokens of a choice; absent, as many as the context has room for."),
   n: positive
     .max(LIMITS.choices)
@@ -82,7 +82,7 @@ const common = {
     .describe("As presence_penalty, times the number of occurrences."),
   repetition_penalty: z
     .number()
-    .gt(0)
+    .min(0.01)
     .max(2)
     .nullish()
     .describe("Divides the positive logits, multiplies the negative ones, of tokens in prompt or answer (vLLM)."),

@@ -147,6 +147,12 @@ export async function prepareChat(chat: ChatRequest, model: ChatModel, asker: As
     logprobs: chat.logprobs ? (chat.top_logprobs ?? 0) : null,
     json,
   };
+  checkMost(
+    request,
+    model.info,
+    chat.max_completion_tokens != null ? "max_completion_tokens" : "max_tokens",
+    "top_logprobs",
+  );
   return { request, images };
 }
 
@@ -165,7 +171,30 @@ export async function prepareCompletion(
     logprobs: completion.logprobs ?? null,
     json: null,
   };
+  checkMost(request, model.info, "max_tokens", "logprobs");
   return { request, images: new Map() };
+}
+
+/** Throws ApiError 400, under the names that the client uses, for a longer answer than fits, or one with too many parts. */
+function checkMost(
+  request: GenerateRequest,
+  { contextLength }: ModelInfo,
+  tokensName: string,
+  logprobsName: string,
+): void {
+  const { tokens, maxTokens, logprobs, n } = request;
+  const room = contextLength - tokens.length;
+  // Without the images' tokens, which the engine counts.
+  if (maxTokens !== null && maxTokens > room) {
+    const why = `is ${maxTokens}, but the prompt's ${tokens.length} tokens leave ${room} of the model's context of ${contextLength}`;
+    throw new ApiError(400, `${tokensName} ${why}`, { code: "context_length_exceeded", param: tokensName });
+  }
+  const most = logprobs === null ? 0 : n * (1 + logprobs) * (maxTokens ?? room);
+  if (most > LIMITS.logprobs)
+    throw refuse(
+      logprobsName,
+      `that may be ${most} log-probabilities, with n and max_tokens; at most ${LIMITS.logprobs} are given`,
+    );
 }
 
 function promptTokens(prompt: string | number[], model: ChatModel): number[] {
@@ -184,7 +213,7 @@ function promptTokens(prompt: string | number[], model: ChatModel): number[] {
 
 /** What both kinds of request have, checked for what a schema cannot say. */
 function commonOf(asked: ChatRequest | CompletionRequest, info: ModelInfo, { id, tenant }: Asker) {
-  if (asked.model !== undefined && asked.model !== info.id) {
+  if (asked.model != null && asked.model !== info.id) {
     const named = JSON.stringify(asked.model.slice(0, 100));
     throw new ApiError(404, `model: ${named} is not served here; ${JSON.stringify(info.id)} is.`, {
       code: "model_not_found",

@@ -1,6 +1,8 @@
 /** How much a request may have, at the edge and at the GPU worker alike. What the model's context allows comes on top. */
 
 export const LIMITS = {
+  /** Log-probabilities of one answer, some 75 bytes each. */
+  logprobs: 4_000_000,
   /** JSON values in a body: each takes memory, some 50 times that of its text if it is one of "[[[[" or "{},{},". */
   values: 2 ** 20,
   messages: 4096,

@@ -13,7 +13,7 @@ export const Sampling = z.strictObject({
   minP: z.number().min(0).max(1),
   seed,
   /** 1: none. */
-  repetitionPenalty: z.number().gt(0).max(2),
+  repetitionPenalty: z.number().min(0.01).max(2),
   /** 0: none. */
   presencePenalty: z.number().min(-2).max(2),
   frequencyPenalty: z.number().min(-2).max(2),

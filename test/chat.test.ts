@@ -480,3 +480,18 @@ describe("a body", () => {
     expect(parseCompletionRequest('{"prompt":"a","n":1,"n":2}').n).toBe(2);
   });
 });
+
+test("an answer that cannot fit, or has too many parts, is refused by the client's own names", async () => {
+  const ask = (change: object, of = model) =>
+    prepareChat(
+      parseChatRequest(JSON.stringify({ messages: [{ role: "user", content: "Hi" }], ...change })),
+      of,
+      asker,
+    );
+  for (const name of ["max_tokens", "max_completion_tokens"])
+    await expect(ask({ [name]: 4090 })).rejects.toMatchObject({ param: name, code: "context_length_exceeded" });
+  const large = new ChatModel({ ...tinyModel, contextLength: 131_072 });
+  const most = { logprobs: true, top_logprobs: 20, n: 16 };
+  await expect(ask(most, large)).rejects.toMatchObject({ status: 400, param: "top_logprobs" });
+  await expect(ask({ ...most, max_tokens: 1000 }, large)).resolves.toMatchObject({ request: { n: 16 } });
+});

@@ -77,6 +77,7 @@ function probesOf(path: string, asked: Body) {
   const common: Record<string, () => Promise<unknown>> = {
     model: async () => {
       expect((await ask({ model: "tiny-qwen2.5-vl" })).status).toBe(200);
+      expect((await ask({ model: null })).status).toBe(200);
       expect((await send(path, { ...asked, model: "another" })).status).toBe(404);
     },
     max_tokens: cut("max_tokens"),
@@ -97,7 +98,11 @@ function probesOf(path: string, asked: Body) {
     stop: async () => {
       const [text] = (await usual()).texts;
       const word = text.split(" ")[3];
-      expect((await ask({ stop: word })).texts).toEqual([text.slice(0, text.indexOf(word))]);
+      const { texts, usage } = await ask({ stop: word });
+      expect(texts).toEqual([text.slice(0, text.indexOf(word))]);
+      // Of a cycle that is cut only what is in the answer counts.
+      const { accepted_prediction_tokens: accepted } = usage.completion_tokens_details;
+      expect(accepted).toBeLessThan(usage.completion_tokens);
     },
     stop_token_ids: async () => {
       // A comma, which is in the answer.

@@ -142,6 +142,20 @@ describe("what is internal", () => {
     expect(open.engine.requests).toEqual([]);
   });
 
+  test("and the plain API is for this machine's own clients, and may be off", async () => {
+    await using scene = await Scene.start();
+    const status = async (of: Scene, headers: Record<string, string>) => (await of.chat({}, { headers })).status;
+    expect(await status(scene, {})).toBe(200);
+    for (const name of ["origin", "forwarded", "x-forwarded-for", "cf-connecting-ip"])
+      expect([name, await status(scene, { [name]: "127.0.0.1" })]).toEqual([name, 404]);
+    const socket = connect(scene.port, "127.0.0.1");
+    socket.write("POST /v1/chat/completions HTTP/1.1\r\nhost: worker.example\r\ncontent-length: 0\r\n\r\n");
+    expect(String((await once(socket, "data"))[0])).toMatch(/^HTTP\/1.1 404 /);
+    socket.destroy();
+    await using off = await Scene.start({ plainApi: false });
+    expect(await status(off, {})).toBe(404);
+  });
+
   test("a signed path of another tenant's image is not believed, nor are bytes of another hash", async () => {
     await using scene = await Scene.start();
     const bytes = Uint8Array.of(1, 2);
@@ -197,7 +211,7 @@ describe("a request's pictures", () => {
     expect(scene.lines).toHaveLength(1); // what comes again is no request that ended
   });
 
-  test("that were dropped while it waited are asked for again, and put again where their bytes are here", async () => {
+  test("that were dropped while it waited are asked for again, and put with its turn where their bytes are here", async () => {
     await using scene = await Scene.start();
     const { script, go } = gate(words(["first"]));
     scene.engine.script = script;
@@ -209,13 +223,30 @@ describe("a request's pictures", () => {
     const url = `data:image/png;base64,${Buffer.from(picture).toString("base64")}`;
     const plain = scene.chat({ messages: [{ role: "user", content: [{ type: "image_url", image_url: { url } }] }] });
     await scene.counts(1, 2);
+    expect(scene.engine.puts).toEqual([]);
     scene.engine.held.clear();
     scene.engine.script = words(["later"]);
     go();
     expect((await running).status).toBe(200);
     expect(await (await waiting).json()).toEqual({ missing: [0] });
     expect((await plain).status).toBe(200);
-    expect(scene.engine.puts).toHaveLength(2);
+    expect(scene.engine.puts).toHaveLength(1);
+  });
+
+  test("that an edge sends take their tenant's turn", async () => {
+    await using scene = await Scene.start();
+    const { script, go } = gate(words(["first"]));
+    scene.engine.script = script;
+    const running = scene.chat();
+    await scene.counts(1, 0);
+    const path = imagePath("alice", hash, { minPixels: 3136, maxPixels: 12845056 });
+    const headers = { "x-vispec-signature": await signer.sign("PUT", path, "") };
+    const put = fetch(`http://127.0.0.1:${scene.port}${path}`, { method: "PUT", headers, body: picture });
+    await scene.counts(1, 1);
+    expect(scene.engine.puts).toEqual([]);
+    go();
+    expect([(await running).status, (await put).status]).toEqual([200, 204]);
+    expect(scene.engine.puts).toHaveLength(1);
   });
 
   test("that are dropped in the moment before they are used are put again, but not for ever", async () => {
@@ -227,9 +258,9 @@ describe("a request's pictures", () => {
         if (times-- <= 0) scene.engine.held.add(key);
       };
     };
-    drop(3);
+    drop(2);
     expect((await scene.generate({ images: [ref({ hash: null, url })] })).status).toBe(200);
-    drop(4);
+    drop(3);
     const response = await scene.generate({ images: [ref({ hash: null, url })] });
     expect([response.status, (await errorOf(response)).code]).toEqual([503, "image_missing"]);
   });
@@ -305,10 +336,13 @@ describe("the queue", () => {
     await scene.counts(0, 0);
   });
 
-  test("is not held by a client that never reads", async () => {
+  test.each([
+    [12, false],
+    [64, true],
+  ])("is not held by a client that never reads %i MiB, who is cut off: %s", async (mib, cut) => {
     await using scene = await Scene.start();
     const long = "x".repeat(1 << 20);
-    scene.engine.script = words(Array(64).fill(long)); // more than any socket's buffer
+    scene.engine.script = words(Array(mib).fill(long)); // more than any socket's buffer
     const body = JSON.stringify(requestOf({ stream: true }));
     const signature = await signer.sign("POST", "/internal/generate", body);
     const socket = connect(scene.port, "127.0.0.1").pause();
@@ -317,7 +351,7 @@ describe("the queue", () => {
     scene.engine.script = words(["next"]);
     expect(await (await scene.generate({ tenant: "bob" })).text()).toContain("next");
     expect(scene.engine.requests).toHaveLength(2);
-    expect(scene.engine.signals[0].aborted).toBe(false);
+    expect(scene.engine.signals[0].aborted).toBe(cut);
     socket.destroy();
   });
 });
@@ -534,6 +568,19 @@ describe("an engine that fails", () => {
     checkpoint.edit("config.json", '"modeltype"', '"model_type"');
     expect((await stays).status).toBe(200);
     await server.close();
+    await engine.close();
+  });
+
+  test("and hangs while it is loaded again is given up", async () => {
+    const engine = await startEngine({ model: "models/tiny-qwen2.5-vl" }, { hangTimeout: 1000 });
+    const pids = [engine.pid];
+    process.kill(engine.pid, "SIGKILL");
+    await until(() => engine.pid !== pids[0]);
+    pids.push(engine.pid);
+    process.kill(engine.pid, "SIGSTOP");
+    await until(() => engine.ready);
+    expect(pids).not.toContain(engine.pid);
+    expect(pids.map(isGone)).toEqual([true, true]);
     await engine.close();
   });
 

@@ -37,7 +37,8 @@ export async function serveCommand(args: string[], signals: EndSignals): Promise
   const secret = process.env.WORKER_SECRET;
   if (!secret && !isLoopback(host))
     throw new UsageError(`--host ${host} can be reached from elsewhere, so WORKER_SECRET must be set`);
-  const options = { ...serviceOptions(flags), port, host, secret };
+  // With a secret there is an edge, and maybe a proxy before this worker: what it passes on would look local.
+  const options = { ...serviceOptions(flags), port, host, secret, plainApi: !secret };
   const drain = drainSeconds(flags);
   await using engine = disposable(await startEngine(engineOptions(flags), { log }));
   await using server = disposable(await startServer(engine, options));

@@ -58,7 +58,10 @@ class Writer {
       const reason = this.#write(step, token);
       if (i < cycle.accepted) step.draftText = step.text.length;
       if (reason === null) continue;
+      // Drafts that were accepted beyond the end are not part of the answer.
       step.accepted = Math.min(step.accepted, step.tokens.length);
+      const { acceptedPerCycle } = this.#finish;
+      if (acceptedPerCycle.length > 0) acceptedPerCycle[acceptedPerCycle.length - 1] = step.accepted;
       this.#finish.timings.total = performance.now() - this.#begun;
       step.finish = { ...this.#finish, reason };
       break;

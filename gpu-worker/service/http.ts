@@ -75,6 +75,15 @@ export function sendError(response: ServerResponse, error: ApiError): void {
   sendJson(response, error.status, JSON.stringify(error));
 }
 
+/** Whether a request comes from this machine, and neither from a web page nor through a proxy that says so. */
+export function isDirect({ socket, headers }: IncomingMessage): boolean {
+  const forwarded = ["origin", "forwarded", "x-forwarded-for", "cf-connecting-ip"].some(
+    (name) => headers[name] !== undefined,
+  );
+  const host = (headers.host ?? "").replace(/:\d+$/, "").replace(/^\[|\]$/g, "");
+  return isLoopback(socket.remoteAddress) && isLoopback(host) && !forwarded;
+}
+
 /** Whether a peer's address or a host's name means this machine. */
 export function isLoopback(address: string | undefined): boolean {
   return address !== undefined && /^(::1$|localhost$|(::ffff:)?127\.)/.test(address);

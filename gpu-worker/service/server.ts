@@ -11,10 +11,10 @@ import type { Engine, Step } from "../engine.ts";
 import { describeError, type Log } from "../log.ts";
 import { untilAborted } from "../until-aborted.ts";
 import type { ImageUrls } from "./fetch-image.ts";
-import { ClientLeft, isLoopback, PortInUseError, readBody, requestSignal, sendError, sendJson } from "./http.ts"; // biome-ignore format: one line
+import { ClientLeft, isDirect, PortInUseError, readBody, requestSignal, sendError, sendJson } from "./http.ts"; // biome-ignore format: one line
 import { Metrics, RequestRecord } from "./metrics.ts";
 import { Answer, errorEvent, modelList } from "./openai.ts";
-import { collectPictures, type Picture, putMissing } from "./pictures.ts";
+import { collectPictures, missingPictures, type Picture, putMissing } from "./pictures.ts";
 import { FairQueue } from "./queue.ts";
 import { stream } from "./stream.ts";
 
@@ -40,6 +40,8 @@ export interface ServerOptions {
   maxWaiting?: number;
   /** Seconds that a request may take, its wait included. */
   deadline?: number;
+  /** Whether this machine's clients may ask without an edge; default true. */
+  plainApi?: boolean;
   log?: Log;
 }
 
@@ -90,6 +92,7 @@ interface Job {
 class Worker {
   readonly #engine: Engine;
   readonly #imageUrls: ImageUrls;
+  readonly #plainApi: boolean;
   readonly #verifier: Verifier | null;
   readonly #deadline: number;
   readonly #log: Log;
@@ -101,7 +104,8 @@ class Worker {
   #drained: PromiseWithResolvers<void> | null = null;
 
   constructor(engine: Engine, options: ServerOptions) {
-    const { secret, imageUrls = "public", maxWaiting = 256, deadline = 600, log = () => {} } = options;
+    const { secret, imageUrls = "public", maxWaiting = 256, deadline = 600, plainApi = true, log = () => {} } = options;
+    this.#plainApi = plainApi;
     this.#engine = engine;
     this.#imageUrls = imageUrls;
     this.#verifier = secret ? new Verifier(secret) : null;
@@ -230,8 +234,11 @@ class Worker {
     if ((await hashImage(bytes)) !== hash)
       throw new ApiError(400, `The image's bytes do not have the SHA-256 ${hash}.`, { code: "hash_mismatch" });
     this.#refuseWhenDraining();
-    const put = this.#engine.putImage(imageKey(tenant, hash, limits.data), bytes, limits.data);
-    await untilAborted(put, requestSignal(response, this.#deadline));
+    // The vision tower is work like any other, and takes the tenant's turn.
+    const signal = requestSignal(response, this.#deadline);
+    using place = this.#queue.enter(tenant);
+    await place.turn(signal);
+    await untilAborted(this.#engine.putImage(imageKey(tenant, hash, limits.data), bytes, limits.data), signal);
     response.writeHead(204).end();
   }
 
@@ -240,12 +247,16 @@ class Worker {
       const body = await readBody(request, GENERATE_LIMIT);
       await this.#verify(request, new TextDecoder().decode(body));
       const generate = parseBody(GenerateRequest, body);
-      if (generate.fingerprint !== this.#engine.info.fingerprint) {
-        const message = "The prompt was made for another model than this worker holds.";
-        throw new ApiError(412, message, { code: "model_changed" });
-      }
+      this.#checkModel(generate);
       return { request: generate, images: new Map() };
     });
+  }
+
+  /** Throws ApiError 412 for a prompt in another model's tokens; the engine may have been started again on another one. */
+  #checkModel({ fingerprint }: GenerateRequest): void {
+    if (fingerprint === this.#engine.info.fingerprint) return;
+    const message = "The prompt was made for another model than this worker holds.";
+    throw new ApiError(412, message, { code: "model_changed" });
   }
 
   /** An OpenAI request without an edge. From this machine only, and from no web page on it: nothing here asks for a key. */
@@ -255,8 +266,7 @@ class Worker {
     response: ServerResponse,
     prepare: (body: Uint8Array, asker: Asker) => Promise<PreparedChat>,
   ): Promise<void> {
-    if (!isLoopback(request.socket.remoteAddress) || request.headers.origin !== undefined)
-      throw new ApiError(404, "There is nothing here.", { code: "not_found" });
+    if (!this.#plainApi || !isDirect(request)) throw new ApiError(404, "There is nothing here.", { code: "not_found" });
     const id = `${kind}-${crypto.randomUUID()}`;
     response.setHeader("x-request-id", id);
     await this.#generate(response, async () => prepare(await readBody(request, CHAT_LIMIT), { id, tenant: "" }));
@@ -295,10 +305,11 @@ class Worker {
     // The place is taken before anything is fetched, so that what is fetched at the same time is bounded too.
     using place = this.#queue.enter(prepared.request.tenant);
     const pictures = await collectPictures(prepared, this.#imageUrls, signal);
-    const missing = await putMissing(this.#engine, pictures, signal);
+    const missing = await missingPictures(this.#engine, pictures, signal);
     if (missing.length > 0) return missing;
     record.queued();
     await place.turn(signal);
+    this.#checkModel(prepared.request);
     record.started();
     for (let attempt = 0; ; attempt++) {
       // The engine may have been started again meanwhile, or have dropped images to make room for others.

@@ -3,6 +3,9 @@ import type { ServerResponse } from "node:http";
 import type { Step } from "../engine.ts";
 import type { Answer } from "./openai.ts";
 
+/** Bytes that may wait for a client to read them; one that leaves more unread is cut off. */
+const UNREAD = 16 * 2 ** 20;
+
 /**
  * Sends steps as they come; those that are ready in the same turn of the event loop share one write. A slow reader does
  * not hold the engine: an answer is bounded by the context and waits in the socket's buffer. No header is sent before
@@ -12,6 +15,7 @@ export async function stream(steps: AsyncIterable<Step>, answer: Answer, respons
   let pending = "";
   const flush = () => {
     if (pending !== "" && !response.writableEnded) response.write(pending);
+    if (response.writableLength > UNREAD) response.destroy();
     pending = "";
   };
   try {

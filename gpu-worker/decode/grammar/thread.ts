@@ -61,7 +61,7 @@ async function answer(message: Extract<ToThread, { call: number }>): Promise<Int
     return matchers.get(message.call)!.getNextTokenBitmask();
   }
   const matcher = matchers.get(message.matcher)!;
-  matcher.acceptToken(message.accept);
+  if (!matcher.acceptToken(message.accept)) throw new Error("a token was drawn that the grammar does not allow");
   return matcher.isTerminated() ? new Int32Array(0) : matcher.getNextTokenBitmask();
 }
 
