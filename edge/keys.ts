@@ -1,6 +1,7 @@
 /** API keys: whose a request is, and what that key may. Keys are known by their SHA-256 only. */
 import * as z from "zod";
 import { ApiError, misconfigured, toApiError } from "../shared/errors.ts";
+import { toHex } from "../shared/hex.ts";
 import { parseBody } from "../shared/parse.ts";
 
 export const ApiKey = z.strictObject({
@@ -47,7 +48,7 @@ function refused(message: string): ApiError {
 
 /** The key with this SHA-256. Looks at every byte of every key, so that its time tells nothing. */
 export function findKey(keys: readonly Pick<ApiKey, "sha256">[], digest: Uint8Array): ApiKey | null {
-  const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  const hex = toHex(digest);
   let found: Pick<ApiKey, "sha256"> | null = null;
   for (const key of keys) {
     let difference = 0;

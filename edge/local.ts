@@ -1,5 +1,6 @@
 /** Who is served while no API keys are configured: clients on this machine, and no web page from elsewhere. */
 import { ApiError } from "../shared/errors.ts";
+import { isLoopback } from "../shared/loopback.ts";
 
 /**
  * Throws ApiError 401 for a client elsewhere, 403 for a web page elsewhere whose browser runs on this machine: one that
@@ -28,9 +29,4 @@ export function checkLocal(request: Request): void {
 
 export function isLocalOrigin(origin: string): boolean {
   return URL.canParse(origin) && /^https?:$/.test(new URL(origin).protocol) && isLoopback(new URL(origin).hostname);
-}
-
-/** `host`: an address, or a name as URLs have it (lower case, IPv6 in brackets). */
-function isLoopback(host: string): boolean {
-  return /^((.+\.)?localhost|(::ffff:)?127\.\d+\.\d+\.\d+|\[?::1\]?)$/.test(host);
 }

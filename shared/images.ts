@@ -1,6 +1,7 @@
 /** Images as they come in a request: data: URLs to bytes, bytes to hashes, their sizes. Does not look into the pictures. */
 import type { ChatRequest, ImagePart } from "./api.ts";
 import { ApiError } from "./errors.ts";
+import { toHex } from "./hex.ts";
 import type { PixelLimits } from "./protocol.ts";
 
 const MEDIA_TYPES = ["image/jpeg", "image/jpg", "image/png", "image/webp", "image/gif"];
@@ -44,8 +45,7 @@ function fromBase64(text: string): Uint8Array<ArrayBuffer> {
 
 /** The name of an image: the SHA-256 of its encoded bytes in hex. */
 export async function hashImage(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return toHex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));
 }
 
 /** Most pixels of `detail: "low"`; and no more than a quarter of the model's own. */

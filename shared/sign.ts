@@ -1,5 +1,6 @@
 /** Signs what the edge tells a GPU worker, and checks it: HMAC-SHA-256, time, nonce. Knows no transport or routes. */
 import { ApiError } from "./errors.ts";
+import { toHex } from "./hex.ts";
 
 export const SIGNATURE_HEADER = "x-vispec-signature";
 
@@ -91,10 +92,6 @@ function refused(why: string): ApiError {
 async function message(seconds: string, nonce: string, method: string, path: string, body: string) {
   const hash = new Uint8Array(await crypto.subtle.digest("SHA-256", utf8.encode(body)));
   return utf8.encode(`v1\n${seconds}\n${nonce}\n${method}\n${path}\n${toHex(hash)}`);
-}
-
-function toHex(bytes: Uint8Array): string {
-  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 function fromHex(hex: string): Uint8Array<ArrayBuffer> {

@@ -148,10 +148,12 @@ describe("what is internal", () => {
     expect(await status(scene, {})).toBe(200);
     for (const name of ["origin", "forwarded", "x-forwarded-for", "cf-connecting-ip"])
       expect([name, await status(scene, { [name]: "127.0.0.1" })]).toEqual([name, 404]);
-    const socket = connect(scene.port, "127.0.0.1");
-    socket.write("POST /v1/chat/completions HTTP/1.1\r\nhost: worker.example\r\ncontent-length: 0\r\n\r\n");
-    expect(String((await once(socket, "data"))[0])).toMatch(/^HTTP\/1.1 404 /);
-    socket.destroy();
+    for (const host of ["worker.example", "127.evil.example", "127.0.0.1.evil.example"]) {
+      const socket = connect(scene.port, "127.0.0.1");
+      socket.write(`POST /v1/chat/completions HTTP/1.1\r\nhost: ${host}\r\ncontent-length: 0\r\n\r\n`);
+      expect([host, String((await once(socket, "data"))[0])]).toEqual([host, expect.stringMatching(/^HTTP\/1.1 404 /)]);
+      socket.destroy();
+    }
     await using off = await Scene.start({ plainApi: false });
     expect(await status(off, {})).toBe(404);
   });

@@ -1,10 +1,10 @@
 /** `vispec serve`: the GPU worker alone. `npm start`: the worker and the edge before it, on this machine. */
 import { randomBytes } from "node:crypto";
 import { setTimeout as sleep } from "node:timers/promises";
+import { isLoopback } from "../../shared/loopback.ts";
 import { endBundler } from "../bundle.ts";
 import { startEngine } from "../engine-process.ts";
 import { logToStderr as log } from "../log.ts";
-import { isLoopback } from "../service/http.ts";
 import { type ServerOptions, startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
 import { engineOptions, type Flags, number, oneOf, parseFlags, UsageError } from "./options.ts";

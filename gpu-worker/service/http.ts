@@ -1,6 +1,7 @@
 /** What node:http leaves to its users: bodies with a limit, JSON and error answers, a signal for when to give up. */
 import type { IncomingMessage, ServerResponse } from "node:http";
 import { ApiError } from "../../shared/errors.ts";
+import { isLoopback } from "../../shared/loopback.ts";
 
 /** A port that another process has; nothing is wrong with the program, so the message says it all. */
 export class PortInUseError extends Error {
@@ -80,11 +81,6 @@ export function isDirect({ socket, headers }: IncomingMessage): boolean {
   const forwarded = ["origin", "forwarded", "x-forwarded-for", "cf-connecting-ip"].some(
     (name) => headers[name] !== undefined,
   );
-  const host = (headers.host ?? "").replace(/:\d+$/, "").replace(/^\[|\]$/g, "");
-  return isLoopback(socket.remoteAddress) && isLoopback(host) && !forwarded;
-}
-
-/** Whether a peer's address or a host's name means this machine. */
-export function isLoopback(address: string | undefined): boolean {
-  return address !== undefined && /^(::1$|localhost$|(::ffff:)?127\.)/.test(address);
+  const host = (headers.host ?? "").replace(/:\d+$/, "").toLowerCase();
+  return isLoopback(socket.remoteAddress ?? "") && isLoopback(host) && !forwarded;
 }

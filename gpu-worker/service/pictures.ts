@@ -51,20 +51,18 @@ function tooMuch(what: string): ApiError {
   return new ApiError(400, `messages: ${what}`, { code: "images_too_large", param: "messages" });
 }
 
-/** The indices of those that the engine lacks and whose bytes are not here. */
-export async function missingPictures(engine: Engine, pictures: Picture[], signal: AbortSignal): Promise<number[]> {
-  if (pictures.length === 0) return [];
+/** The keys that the engine lacks, and the indices of those pictures whose bytes are not here either. */
+export async function lackingPictures(engine: Engine, pictures: Picture[], signal: AbortSignal) {
   const lacking = new Set(await untilAborted(engine.missingImages(pictures.map(({ key }) => key)), signal));
-  return [...pictures.keys()].filter((i) => lacking.has(pictures[i].key) && !pictures[i].bytes);
+  return { lacking, missing: [...pictures.keys()].filter((i) => lacking.has(pictures[i].key) && !pictures[i].bytes) };
 }
 
 /**
- * Gives the engine what it lacks. Returns what missingPictures does, and then puts none. Throws ApiError 400 that names the picture's place for one that the engine cannot use.
+ * Gives the engine what it lacks. Returns the indices of those whose bytes are not here, and then puts none. Throws
+ * ApiError 400 that names the picture's place for one that the engine cannot use.
  */
 export async function putMissing(engine: Engine, pictures: Picture[], signal: AbortSignal): Promise<number[]> {
-  if (pictures.length === 0) return [];
-  const lacking = new Set(await untilAborted(engine.missingImages(pictures.map(({ key }) => key)), signal));
-  const missing = [...pictures.keys()].filter((i) => lacking.has(pictures[i].key) && !pictures[i].bytes);
+  const { lacking, missing } = await lackingPictures(engine, pictures, signal);
   if (missing.length > 0) return missing;
   for (const { key, where, limits, bytes } of pictures) {
     if (!lacking.delete(key)) continue;

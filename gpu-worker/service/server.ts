@@ -14,7 +14,7 @@ import type { ImageUrls } from "./fetch-image.ts";
 import { ClientLeft, isDirect, PortInUseError, readBody, requestSignal, sendError, sendJson } from "./http.ts"; // biome-ignore format: one line
 import { Metrics, RequestRecord } from "./metrics.ts";
 import { Answer, errorEvent, modelList } from "./openai.ts";
-import { collectPictures, missingPictures, type Picture, putMissing } from "./pictures.ts";
+import { collectPictures, lackingPictures, type Picture, putMissing } from "./pictures.ts";
 import { FairQueue } from "./queue.ts";
 import { stream } from "./stream.ts";
 
@@ -305,7 +305,7 @@ class Worker {
     // The place is taken before anything is fetched, so that what is fetched at the same time is bounded too.
     using place = this.#queue.enter(prepared.request.tenant);
     const pictures = await collectPictures(prepared, this.#imageUrls, signal);
-    const missing = await missingPictures(this.#engine, pictures, signal);
+    const { missing } = await lackingPictures(this.#engine, pictures, signal);
     if (missing.length > 0) return missing;
     record.queued();
     await place.turn(signal);
