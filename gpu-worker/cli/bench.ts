@@ -12,7 +12,7 @@ import { startEngine } from "../engine-process.ts";
 import { startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
 import { benchEdge } from "./bench-edge.ts";
-import { engineOptions, number, parseFlags } from "./options.ts";
+import { engineOptions, MODEL_FLAGS, number, parseFlags } from "./options.ts";
 
 export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--device cpu|cuda|webgpu] [--threads N] [--json]
 vispec bench --edge [--rounds N] [--json]`;
@@ -178,7 +178,7 @@ function print(
 
 /** Plain, adaptive and the paper's tree take turns in every round, so that what else the machine does hits all alike. */
 export async function benchCommand(args: string[], signal: AbortSignal): Promise<void> {
-  const flags = parseFlags(args, ["rounds"], [], ["json", "edge"]);
+  const flags = parseFlags(args, [...MODEL_FLAGS, "rounds"], [], ["json", "edge"]);
   if (flags.edge) {
     const rounds = number(flags, "rounds", { min: 1, max: 100_000 }) ?? 300;
     return benchEdge(rounds, flags.json === true, signal);

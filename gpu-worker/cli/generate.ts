@@ -7,7 +7,7 @@ import { parseChatRequest } from "../../shared/parse.ts";
 import { imageKey, type PixelLimits } from "../../shared/protocol.ts";
 import type { Finish } from "../engine.ts";
 import { LocalEngine } from "../engine-local.ts";
-import { engineOptions, type Flags, number, parseFlags, UsageError } from "./options.ts";
+import { engineOptions, type Flags, MODEL_FLAGS, number, parseFlags, UsageError } from "./options.ts";
 
 export const GENERATE_HELP = `vispec generate --image FILE … --prompt TEXT | --messages FILE.json
   [--model DIR] [--draft DIR] [--drafter vispec|none] [--total-token N --depth N --top-k-draft N]
@@ -65,7 +65,7 @@ function messagesOf(flags: Flags, files: string[]): unknown {
 /** Runs the command; `signal` ends it between two cycles. */
 export async function generateCommand(args: string[], signal: AbortSignal): Promise<void> {
   const values = ["prompt", "messages", "temperature", "top-p", "top-k", "min-p", "seed", "max-tokens"];
-  const flags = parseFlags(args, values, ["image"], ["json"]);
+  const flags = parseFlags(args, [...MODEL_FLAGS, ...values], ["image"], ["json"]);
   const files: string[] = [];
   const fraction = { min: 0, max: 1, integer: false };
   const body = {

@@ -12,12 +12,13 @@ export type Flags = Record<string, string | boolean | (string | boolean)[] | und
 
 export const DEFAULT_MODEL = "models/tiny-qwen2.5-vl";
 
-const MODEL_FLAGS = ["model", "draft", "drafter", "total-token", "depth", "top-k-draft", "device", "threads"];
+/** What `engineOptions` reads. */
+export const MODEL_FLAGS = ["model", "draft", "drafter", "total-token", "depth", "top-k-draft", "device", "threads"];
 
 /** Flags of a command: `values` take one, `lists` may come several times, `switches` take none. */
 export function parseFlags(args: string[], values: string[], lists: string[] = [], switches: string[] = []): Flags {
   const options = {
-    ...Object.fromEntries([...MODEL_FLAGS, ...values].map((name) => [name, { type: "string" as const }])),
+    ...Object.fromEntries(values.map((name) => [name, { type: "string" as const }])),
     ...Object.fromEntries(lists.map((name) => [name, { type: "string" as const, multiple: true }])),
     ...Object.fromEntries(switches.map((name) => [name, { type: "boolean" as const }])),
   };

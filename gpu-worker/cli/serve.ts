@@ -7,7 +7,7 @@ import { startEngine } from "../engine-process.ts";
 import { logToStderr as log } from "../log.ts";
 import { type ServerOptions, startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
-import { engineOptions, type Flags, number, oneOf, parseFlags, UsageError } from "./options.ts";
+import { engineOptions, type Flags, MODEL_FLAGS, number, oneOf, parseFlags, UsageError } from "./options.ts";
 
 export const SERVE_HELP = `vispec serve [--port N] [--host ADDRESS] [--max-waiting N] [--deadline SECONDS] [--drain SECONDS]
   [--image-urls off|public|any] [--model DIR] [--draft DIR] [--drafter vispec|none]
@@ -17,7 +17,7 @@ export const SERVE_HELP = `vispec serve [--port N] [--host ADDRESS] [--max-waiti
   SIGTERM refuses new requests, and ends when those under way are answered, after --drain seconds at the latest.`;
 
 /** What `serve` and `start` have in common. */
-const SERVICE_FLAGS = ["max-waiting", "deadline", "drain", "image-urls"];
+const SERVICE_FLAGS = [...MODEL_FLAGS, "max-waiting", "deadline", "drain", "image-urls"];
 /** Seconds; a timer cannot hold more than 2^31 milliseconds. */
 const LONGEST = 86_400;
 

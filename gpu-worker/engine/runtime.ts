@@ -10,7 +10,7 @@ import koffi from "koffi";
 import { functions } from "./ort-api.ts";
 
 export type Device = "cpu" | "cuda" | "webgpu";
-export type DType = "f32" | "f16" | "bf16" | "i8" | "i32" | "i64";
+export type DType = "f32" | "f16" | "bf16" | "u8" | "i8" | "i32" | "i64";
 /** Beyond these the passes of small models gain nothing. */
 const MOST_THREADS = 8;
 type Handle = bigint;
@@ -19,6 +19,7 @@ type Dims = readonly number[];
 /** ONNXTensorElementDataType and bytes an element. */
 export const DTYPES: Record<DType, { onnx: number; bytes: number }> = {
   f32: { onnx: 1, bytes: 4 },
+  u8: { onnx: 2, bytes: 1 },
   i8: { onnx: 3, bytes: 1 },
   i32: { onnx: 6, bytes: 4 },
   i64: { onnx: 7, bytes: 8 },

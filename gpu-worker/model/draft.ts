@@ -9,7 +9,7 @@ import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts
 import { parseConfig } from "./config.ts";
 import type { LanguageConfig } from "./language.ts";
 import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
-import { readJson, Weights } from "./weights.ts";
+import { readJson, type TensorSource, Weights } from "./weights.ts";
 
 const DraftJson = z.object({
   hidden_size: z.int().positive(),
@@ -61,7 +61,7 @@ export function loadDraft(folder: string, target: LanguageConfig): { config: Dra
   return { config, weights };
 }
 
-const parts = (w: Weights, d: number) => ({
+const parts = (w: TensorSource, d: number) => ({
   fc: w.get("fc.weight", [d, 2 * d]),
   fcBias: w.get("fc.bias", [d]),
   imgFc: w.get("img_fc.weight", [d, 2 * d]),
@@ -75,7 +75,7 @@ const parts = (w: Weights, d: number) => ({
  * the row is the adaptor's, which then comes in as its bias; row_bias [B,D], B = 1 or T; logit_rows i64 [K]; k i64 [1];
  * the cache inputs. Outputs: out [T,D], not normed; log_probs [K,k] and tokens i64 [K,k], the k likeliest in order.
  */
-export function draftGraph(c: DraftConfig, w: Weights, head: StoredTensor, options: GraphOptions): Graph {
+export function draftGraph(c: DraftConfig, w: TensorSource, head: StoredTensor, options: GraphOptions): Graph {
   const g = new Graph(options);
   const d = c.hidden;
   const ids = g.input("ids", "i64", ["T"]);
@@ -111,7 +111,7 @@ export function draftGraph(c: DraftConfig, w: Weights, head: StoredTensor, optio
 }
 
 /** The global vector's share of every text row: fc_h · (img_fc_g · g + b_img) + b. global [1,D] to bias [1,D]. */
-export function draftBiasGraph(c: DraftConfig, w: Weights, options: GraphOptions): Graph {
+export function draftBiasGraph(c: DraftConfig, w: TensorSource, options: GraphOptions): Graph {
   const g = new Graph(options);
   const d = c.hidden;
   const { fc, fcBias, imgFc, imgFcBias } = parts(w, d);
@@ -126,7 +126,7 @@ export function draftBiasGraph(c: DraftConfig, w: Weights, options: GraphOptions
  * The vision adaptor: num_q learned queries attend to the input embeddings of one run of image tokens.
  * rows [n,D] to out [num_q,D]; no rotary embedding, no residual.
  */
-export function adaptorGraph(c: DraftConfig, w: Weights, options: GraphOptions): Graph {
+export function adaptorGraph(c: DraftConfig, w: TensorSource, options: GraphOptions): Graph {
   const g = new Graph(options);
   const d = c.hidden;
   const rows = g.input("rows", g.dtype, ["n", d]);

@@ -4,7 +4,7 @@ import { Graph, type GraphOptions, type StoredTensor } from "../graph/graph.ts";
 import { addRmsNorm, rmsNorm } from "../ops/norm.ts";
 import { gather, gatherCacheRows, reshape, scatterRows, tensorScatter } from "../ops/shape.ts";
 import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
-import type { Weights } from "./weights.ts";
+import type { TensorSource } from "./weights.ts";
 
 export interface LanguageConfig extends DecoderLayerConfig {
   layers: number;
@@ -22,7 +22,7 @@ export interface LanguageNames {
 export const QWEN_NAMES: LanguageNames = { model: "model", head: "lm_head" };
 
 /** The matrix that turns hidden states into logits, [V,D]. */
-export function headWeight(c: LanguageConfig, w: Weights, names = QWEN_NAMES): StoredTensor {
+export function headWeight(c: LanguageConfig, w: TensorSource, names = QWEN_NAMES): StoredTensor {
   const name = c.tiedEmbeddings ? `${names.model}.embed_tokens` : names.head;
   return w.get(`${name}.weight`, [c.vocabulary, c.hidden]);
 }
@@ -32,7 +32,7 @@ export function headWeight(c: LanguageConfig, w: Weights, names = QWEN_NAMES): S
  * Inputs: ids i64 [T]; image_rows [R,D] that take the places image_index i64 [R,1] of the embeddings; logit_rows i64 [K]:
  * the rows that logits are wanted of; the cache inputs. Outputs: hidden [T,D] after the final norm; logits f32 [K,V].
  */
-export function languageGraph(c: LanguageConfig, w: Weights, options: GraphOptions, names = QWEN_NAMES): Graph {
+export function languageGraph(c: LanguageConfig, w: TensorSource, options: GraphOptions, names = QWEN_NAMES): Graph {
   const g = new Graph(options);
   const ids = g.input("ids", "i64", ["T"]);
   const imageRows = g.input("image_rows", g.dtype, ["R", c.hidden]);

@@ -5,7 +5,7 @@ import { add, cast, mul, silu } from "../ops/elementwise.ts";
 import { int8MatMul, matMul } from "../ops/matmul.ts";
 import { addRmsNorm } from "../ops/norm.ts";
 import { concat, transpose } from "../ops/shape.ts";
-import type { Weights } from "./weights.ts";
+import type { TensorSource } from "./weights.ts";
 
 /** A stored tensor in the graph's own type. Casts and transpositions of weights are done once, when a session loads. */
 export function parameter(g: Graph, stored: StoredTensor): Value {
@@ -27,7 +27,7 @@ export function linear(g: Graph, x: Value, weights: StoredTensor[], biases: Stor
 export function gatedMlp(
   g: Graph,
   x: Value,
-  w: Weights,
+  w: TensorSource,
   name: string,
   size: number,
   inner: number,
@@ -55,7 +55,7 @@ export interface DecoderLayerConfig {
 export function cachedAttention(
   g: Graph,
   x: Value,
-  w: Weights,
+  w: TensorSource,
   name: string,
   layer: number,
   cache: CacheInputs,
@@ -101,7 +101,7 @@ export function mlpBlock(
   g: Graph,
   x: Value,
   residual: Value,
-  w: Weights,
+  w: TensorSource,
   name: string,
   c: DecoderLayerConfig,
 ): [Value, Value] {

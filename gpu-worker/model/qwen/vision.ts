@@ -6,7 +6,7 @@ import { matMul } from "../../ops/matmul.ts";
 import { rmsNorm } from "../../ops/norm.ts";
 import { gather, reshape, split, transpose } from "../../ops/shape.ts";
 import { gatedMlp, linear, parameter } from "../layers.ts";
-import type { Weights } from "../weights.ts";
+import type { TensorSource } from "../weights.ts";
 import type { VisionConfig } from "./config.ts";
 
 const EPSILON = 1e-6; // Qwen2_5_VLVisionBlock fixes it
@@ -18,7 +18,7 @@ const EPSILON = 1e-6; // Qwen2_5_VLVisionBlock fixes it
  * i64 [W·S]: the patch in each window's row; patch_row i64 [P]: the row of each patch; mask [W,1,S,S]: -inf in padding's
  * columns. Output: rows [P/merge²,out], in reading order.
  */
-export function visionGraph(c: VisionConfig, w: Weights, options: GraphOptions): Graph {
+export function visionGraph(c: VisionConfig, w: TensorSource, options: GraphOptions): Graph {
   const g = new Graph(options);
   const pixelsPerPatch = 3 * c.temporalPatch * c.patch * c.patch;
   const size = (c.window * c.merge) ** 2;
@@ -65,7 +65,7 @@ function attention(g: Graph, qkv: Value, inputs: AttentionInputs, c: VisionConfi
 }
 
 /** Qwen2_5_VLPatchMerger: merge² patches that stand together become one row. */
-function merger(g: Graph, x: Value, c: VisionConfig, w: Weights): Value {
+function merger(g: Graph, x: Value, c: VisionConfig, w: TensorSource): Value {
   const wide = c.width * c.merge ** 2;
   const name = "visual.merger";
   const normed = rmsNorm(g, x, parameter(g, w.get(`${name}.ln_q.weight`, [c.width])), EPSILON);
