@@ -33,3 +33,17 @@ export function int8MatMul(g: Graph, a: Value, b: Value): Value {
   const out = { dtype: a.dtype, shape: [...a.shape.slice(0, -1), n] };
   return g.node("DynamicQuantizeMatMul", [a, integers, scale], [out], {}, "com.microsoft")[0];
 }
+
+/**
+ * a [..,m,k] · Bᵀ with B [n,k] in integers of 4 or 8 bits: packed u8 [n, blocks, bytes a block], the lower half of a byte
+ * first; scales [n, blocks]; no zero points (8 or 128 stands for 0). Products are made in a's type.
+ */
+export function matMulNBits(g: Graph, a: Value, packed: Value, scales: Value, k: number): Value {
+  const [n, blocks, bytes] = packed.shape as number[];
+  const size = Math.ceil(k / blocks);
+  if (scales.shape[0] !== n || scales.shape[1] !== blocks || a.shape.at(-1) !== k)
+    throw new Error(`MatMulNBits of [${a.shape}] and [${packed.shape}] with scales [${scales.shape}]`);
+  const attributes = { K: k, N: n, bits: (8 * bytes) / size, block_size: size };
+  const out = { dtype: a.dtype, shape: [...a.shape.slice(0, -1), n] };
+  return g.node("MatMulNBits", [a, packed, scales], [out], attributes, "com.microsoft")[0];
+}
