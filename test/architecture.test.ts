@@ -47,6 +47,8 @@ const rules: Rule[] = [
   { from: /^gpu-worker\/ops\//, to: INSIDE, but: /^gpu-worker\/((ops|graph)\/|engine\/runtime\.ts$)/ },
   { from: /^gpu-worker\/input\//, to: INSIDE, but: /^gpu-worker\/input\// },
   { from: /^gpu-worker\/model\//, to: INSIDE, but: /^gpu-worker\/((model|ops|graph|input)\/|engine\/runtime\.ts$)/ },
+  { from: /^gpu-worker\/store\//, to: INSIDE, but: /^gpu-worker\/store\// },
+  { from: /^(?!gpu-worker\/store\/s3\.ts$)/, to: /^@aws-sdk\// },
   // What the builders of graphs may know of the runtime: the element types.
   { from: /^gpu-worker\/(graph|ops|model)\//, to: /^gpu-worker\/engine\//, types: true, values: ["DTYPES"] },
   { from: /^gpu-worker\/engine\//, to: /^gpu-worker\/((cli|service)\/|[^/]+$)/ },
@@ -132,6 +134,8 @@ test.each([
   ["gpu-worker/service/pictures.ts", 'import { startServer } from "./server.ts";'],
   ["gpu-worker/service/metrics.ts", 'import type { ServerResponse } from "node:http";'],
   ["gpu-worker/service/server.ts", 'import { Registry } from "prom-client";'],
+  ["gpu-worker/store/hub.ts", 'import type { TensorSource } from "../model/weights.ts";'],
+  ["gpu-worker/store/hub.ts", 'const { S3 } = await import("@aws-sdk/client-s3");'],
 ])("%s breaks a rule with %s", (file, source) => {
   expect(violations(importsOf(file, source))).toHaveLength(1);
 });
