@@ -18,7 +18,6 @@ import { Target } from "./engine/target.ts";
 import type { Engine, Step } from "./engine.ts";
 import { decodeImage } from "./input/decode.ts";
 import { loadModel, type Model } from "./model/model.ts";
-import { expandPrompt } from "./model/qwen/positions.ts";
 
 export interface EngineOptions {
   /** Folder of the target's checkpoint. */
@@ -70,12 +69,12 @@ export class LocalEngine implements Engine {
     this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, this.#planner(shape));
     this.tokenizer = new Tokenizer(this.model.tokenizer, this.model.tokenizerConfig);
     this.#images = new ImageStore(this.runtime, this.model);
-    const { id, created, fingerprint, config, processor, tokenizer, tokenizerConfig } = this.model;
+    const { id, created, fingerprint, config, family, tokenizer, tokenizerConfig } = this.model;
     const { contextLength, eosTokens } = config;
     const { vocabulary } = config.language;
     this.grammars = new Grammars(tokenizer, vocabulary, eosTokens);
     const imageToken = this.tokenizer.decode([config.imageToken]);
-    const pixels = { minPixels: processor.minPixels, maxPixels: processor.maxPixels };
+    const { pixels } = family;
     const drafts = draft !== undefined;
     const files = { tokenizer, tokenizerConfig };
     this.info = { id, created, fingerprint, contextLength, vocabulary, imageToken, pixels, drafts, ...files };
@@ -96,11 +95,11 @@ export class LocalEngine implements Engine {
     await decodeImage(Buffer.from(ONE_PIXEL, "base64"));
     const picture = { width: 301, height: 263, rgb: new Uint8Array(301 * 263 * 3) };
     encodePicture(this.runtime, this.model, picture);
-    const { grid, rows } = encodePicture(this.runtime, this.model, picture);
-    const expanded = expandPrompt([0, this.model.config.imageToken, 0], [grid], this.model.config.imageToken);
+    const image = encodePicture(this.runtime, this.model, picture);
+    const expanded = this.model.family.expandPrompt([0, this.model.config.imageToken, 0], [image]);
     const samplers = [new Sampler(GREEDY)];
     const options = { samplers, maxTokens: 100, stopTokens: new Set<number>(), signal: new AbortController().signal };
-    const choices = decode(this.target, this.drafter, { expanded, imageRows: [rows] }, options);
+    const choices = decode(this.target, this.drafter, { expanded, imageRows: [image.rows] }, options);
     const enough = performance.now() + 300;
     for await (const cycles of choices) for await (const _cycle of cycles) if (performance.now() > enough) break;
     this.#experience = new Experience();

@@ -48,7 +48,7 @@ export async function hashImage(bytes: Uint8Array<ArrayBuffer>): Promise<string>
   return toHex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));
 }
 
-/** Most pixels of `detail: "low"`; and no more than a quarter of the model's own. */
+/** Most pixels of `detail: "low"`; and no more than a quarter of the model's own, if it can see so few. */
 const LOW_DETAIL = 512 * 512;
 
 /**
@@ -76,7 +76,7 @@ export function pixelLimits(chat: ChatRequest, part: ImagePart, where: string, m
         : [max.place, `${max.value} is less than min_pixels, ${min.value} (${min.place})`];
     throw new ApiError(400, `${param}: ${why}`, { param });
   }
-  const low = Math.min(LOW_DETAIL, Math.floor(model.maxPixels / 4));
+  const low = Math.max(model.minPixels, Math.min(LOW_DETAIL, Math.floor(model.maxPixels / 4)));
   const maxPixels = part.image_url.detail === "low" ? Math.min(max.value, low) : max.value;
   return { minPixels: Math.min(min.value, maxPixels), maxPixels };
 }

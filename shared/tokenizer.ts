@@ -22,6 +22,8 @@ interface Piece {
  * well-formed Unicode cannot contain it.
  */
 const GUARD = "\ud800";
+/** What no token joins to what follows it, in SentencePiece's vocabularies. */
+const NO_WORD = "\n";
 const NO_BYTES = new Uint8Array(0);
 
 export class Tokenizer {
@@ -66,8 +68,18 @@ export class Tokenizer {
 
   /** Ids of a text. Special tokens in it are recognised, unless `literal` marked them; none is added. */
   encode(text: string): number[] {
-    if (!text.includes(GUARD)) return this.#encoder.encode(text, { add_special_tokens: false }).ids;
-    return text.split(GUARD).flatMap((part) => this.#encoder.encode(part, { add_special_tokens: false }).ids);
+    return text.split(GUARD).flatMap((part, i) => (i === 0 ? this.#encode(part) : this.#encodeRest(part)));
+  }
+
+  #encode(text: string): number[] {
+    return this.#encoder.encode(text, { add_special_tokens: false }).ids;
+  }
+
+  /** Ids of a text that goes on from another: SentencePiece's normalizer would put a space before it, as before any text. */
+  #encodeRest(text: string): number[] {
+    return this.#dropsFirstSpace
+      ? this.#encode(NO_WORD + text).slice(this.#encode(NO_WORD).length)
+      : this.#encode(text);
   }
 
   /** Ids of a whole prompt: as `encode`, with the beginning-of-sequence token if the tokenizer wants one. */

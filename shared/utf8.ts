@@ -2,20 +2,15 @@
 import { CheckpointError } from "./errors.ts";
 
 const lossy = new TextDecoder("utf-8", { ignoreBOM: true, fatal: false });
-const strict = new TextDecoder("utf-8", { ignoreBOM: true, fatal: true });
 const encoder = new TextEncoder();
 
 export const utf8 = {
   /** Text with one U+FFFD for each maximal sequence that is not UTF-8. */
   decode: (bytes: Uint8Array): string => (bytes.length === 0 ? "" : lossy.decode(bytes)),
 
+  /** Looks whether the text has the same bytes: for lone bytes, an exception of a strict decoder takes ten times as long. */
   isValid(bytes: Uint8Array): boolean {
-    try {
-      strict.decode(bytes);
-      return true;
-    } catch {
-      return false;
-    }
+    return encoder.encode(utf8.decode(bytes)).every((byte, i) => byte === bytes[i]);
   },
 
   concat(a: Uint8Array, b: Uint8Array): Uint8Array {

@@ -148,7 +148,7 @@ describe("a checkpoint", () => {
     ["without preprocessor_config.json", (c) => c.remove("preprocessor_config.json"), /preprocessor_config\.json is missing/], // biome-ignore format: one row
     ["with a draft for another width", (c) => c.edit("draft/config.json", '"hidden_size": 192', '"hidden_size": 256'), /draft\/config\.json: the draft does not fit its target: hidden_size is 256, the target's 192/], // biome-ignore format: one row
     ["with a draft for another vocabulary", (c) => c.edit("draft/config.json", '"vocab_size": 1280', '"vocab_size": 32000'), /draft\/config\.json: the draft does not fit its target: vocab_size is 32000/], // biome-ignore format: one row
-    ["whose draft lacks a tensor", (c) => c.tensors((t) => t.delete("fc.weight"), "draft/model.safetensors"), /draft: tensor fc\.weight \[192,384\] is missing/], // biome-ignore format: one row
+    ["whose draft lacks a tensor", (c) => c.tensors((t) => t.delete("fc.weight"), "draft/model.safetensors"), /draft lacks tensors of a draft: fc\.weight\n/], // biome-ignore format: one row
     ["with a shard that is missing", (c) => rmSync(shard(c)[1]), /index\.json names model-00002-of-00002\.safetensors, which is missing/], // biome-ignore format: one row
     ["whose index lists no shards", (c) => shard(c) && c.edit("model.safetensors.index.json", "weight_map", "map"), /index\.json: .*weight_map/], // biome-ignore format: one row
   ];

@@ -1,13 +1,16 @@
-/** Decoding, resizing and patches against what Pillow 12.3 and transformers 5.18 gave (test/goldens/qwen/processor.json). */
+/** Decoding, resizing and image processors against what Pillow 12.3 and transformers 5.18 gave (processor.json of the goldens). */
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
+import { join } from "node:path";
 import { crc32, deflateSync } from "node:zlib";
 import sharp from "sharp";
 import { describe, expect, test } from "vitest";
 import { decodeImage, MAX_PIXELS, type Picture } from "../gpu-worker/input/decode.ts";
 import { resizeBicubic } from "../gpu-worker/input/resize.ts";
-import { imageTokens, ProcessorConfig, processImage, smartResize } from "../gpu-worker/model/qwen/processor.ts";
+import { describe as readCheckpoint } from "../gpu-worker/model/model.ts";
+import { ProcessorConfig, smartResize } from "../gpu-worker/model/qwen/processor.ts";
 import { ApiError } from "../shared/errors.ts";
+import { families, GOLDENS, readGolden } from "./support/goldens.ts";
 
 interface Decoded {
   width: number;
@@ -19,16 +22,15 @@ interface Decoded {
 interface Golden {
   file: { format: string };
   decoded: Decoded;
-  pil: { shape: number[]; image_grid_thw: number[][]; sha256: string; error?: { message: string } };
+  pil: { shape: number[]; image_grid_thw?: number[][]; sha256: string; error?: { message: string } };
   image_tokens: number;
   orientation_not_applied?: Golden;
   error?: { stage: string };
 }
 
-const folder = new URL("./goldens/qwen/", import.meta.url);
-const goldens: Record<string, Golden> = JSON.parse(readFileSync(new URL("processor.json", folder), "utf8")).images;
-const read = (name: string) => readFileSync(new URL(`images/${name}`, folder));
-const accepted = Object.keys(goldens).filter((name) => !goldens[name].error && goldens[name].file.format !== "BMP");
+const goldensOf = (folder: string): Record<string, Golden> => readGolden("processor.json", folder).images;
+const goldens = goldensOf(GOLDENS);
+const read = (name: string, folder = GOLDENS) => readFileSync(join(folder, "images", name));
 const configFile = new URL("../models/tiny-qwen2.5-vl/preprocessor_config.json", import.meta.url);
 const stored = JSON.parse(readFileSync(configFile, "utf8"));
 const config = ProcessorConfig.parse(stored);
@@ -53,30 +55,37 @@ function expectDecoded(picture: Picture, golden: Decoded) {
   expect(sha(picture.rgb)).toBe(golden.sha256);
 }
 
-function expectProcessed(picture: Picture, golden: Golden) {
-  const { pixels, grid } = processImage(picture, config);
-  expect(grid).toEqual(golden.pil.image_grid_thw[0]);
-  expect(pixels.length).toBe(golden.pil.shape[0] * golden.pil.shape[1]);
-  expect(sha(pixels)).toBe(golden.pil.sha256);
-  expect(imageTokens(grid, config)).toBe(golden.image_tokens);
-}
+describe.each(families)("Golden images of $name", ({ model, goldens: folder }) => {
+  const { family } = readCheckpoint(model);
+  const goldens = goldensOf(folder);
+  const accepted = Object.keys(goldens).filter((name) => !goldens[name].error && goldens[name].file.format !== "BMP");
 
-describe("Golden images", () => {
-  test.each(accepted)("%s decodes to Pillow's very bytes and gives the reference's very patches", async (name) => {
+  function expectProcessed(picture: Picture, golden: Golden) {
+    const { inputs, image } = family.visionPass(picture, family.pixels);
+    const { data, dims } = inputs.pixels;
+    const [grid] = golden.pil.image_grid_thw ?? [];
+    expect(dims).toEqual(grid ? golden.pil.shape : golden.pil.shape.slice(1));
+    expect(image.grid).toEqual(grid && [grid[1] / 2, grid[2] / 2]);
+    expect(sha(data as Float32Array)).toBe(golden.pil.sha256);
+    expect(image.count).toBe(golden.image_tokens);
+    expect(family.imageTokens(picture, family.pixels)).toBe(golden.image_tokens);
+  }
+
+  test.each(accepted)("%s decodes to Pillow's very bytes and gives the reference's very numbers", async (name) => {
     const golden = goldens[name];
-    const bytes = read(name);
+    const bytes = read(name, folder);
     const picture = await decodeImage(bytes);
     expectDecoded(picture, golden.decoded);
-    expect(bytes.equals(read(name))).toBe(true); // the input is not written to
+    expect(bytes.equals(read(name, folder))).toBe(true); // the input is not written to
     if (!golden.pil.error) return expectProcessed(picture, golden);
-    expect(await refusal(() => processImage(picture, config))).toContain("3x700 has 233.33");
+    expect(await refusal(() => family.visionPass(picture, family.pixels))).toContain("3x700 has 233.33");
   });
 
   test.each(accepted.filter((name) => goldens[name].orientation_not_applied))(
     "%s can be decoded as stored",
     async (name) => {
       const golden = goldens[name].orientation_not_applied!;
-      const picture = await decodeImage(read(name), { orient: false });
+      const picture = await decodeImage(read(name, folder), { orient: false });
       expectDecoded(picture, golden.decoded);
       expectProcessed(picture, golden);
     },
@@ -359,6 +368,9 @@ describe("Resizing", () => {
     [300, 2, 11, 140, "71508b5bca6606b4"],
     [5, 400, 56, 28, "5d65878c4675cd3e"],
     [33, 33, 33, 33, "0141107ba26a2849"],
+    // More than 100 times as tall as wide: the vertical pass comes first, if it shrinks.
+    [3, 400, 56, 28, "05da06fff170dafe"],
+    [4, 401, 9, 500, "6e3ab612cf88e75b"],
   ])("%ix%i to %ix%i gives Pillow's very bytes", (width, height, toWidth, toHeight, expected) => {
     const resized = resizeBicubic(noise(width, height), toWidth, toHeight);
     expect([resized.width, resized.height]).toEqual([toWidth, toHeight]);

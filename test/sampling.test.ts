@@ -11,6 +11,7 @@ import type { Sampling } from "../shared/protocol.ts";
 import {
   answer,
   cases,
+  families,
   openEngine,
   plainSampling as plain,
   prepare,
@@ -31,15 +32,15 @@ function warped(logits: ArrayLike<number>, { temperature, topK, topP, minP }: Sa
   return keep(order().filter((i) => p[i] >= floor));
 }
 
-describe("the next token's distribution", () => {
+describe.each(families)("the next token's distribution of $name", ({ model, goldens, cases }) => {
   let engine: LocalEngine;
   beforeAll(() => {
-    engine = openEngine({ drafter: "none" });
+    engine = openEngine({ model, drafter: "none" });
   });
   afterAll(() => engine.close());
 
   type Row = { case: string; position: number; temperature: number; top_p: number; support: number; ids: number[]; probabilities: number[] }; // biome-ignore format: one row
-  const rows: Row[] = readGolden("sampling.json").rows;
+  const rows: Row[] = readGolden("sampling.json", goldens).rows;
 
   test.each([...new Set(rows.map((row) => row.case))])("%s: is that of transformers at every position", async (id) => {
     const golden = cases.find((c) => c.id === id)!;
@@ -67,19 +68,19 @@ describe("the next token's distribution", () => {
       expect(rest / total, where).toBeLessThanOrEqual(row.probabilities.at(-1)! * (1 + 1e-3));
     }
   });
+});
 
-  test("is that of transformers' definition for every mixture of cuts, on random logits", () => {
-    const random = uniforms(3);
-    for (let n = 0; n < 500; n++) {
-      const logits = Float32Array.from({ length: 40 }, () => 12 * random() - 6);
-      const topK = Math.floor(random() * 45);
-      const settings = { ...plain, topK, topP: 0.05 + 0.95 * random(), minP: random() ** 3, temperature: 0.1 + 1.9 * random() }; // biome-ignore format: one row
-      const weights = distribution(logits, settings);
-      const total = weights.reduce((a, b) => a + b);
-      const wanted = warped(logits, settings);
-      for (const [i, p] of wanted.entries()) expect(weights[i] / total).toBeCloseTo(p, 12);
-    }
-  });
+test("the next token's distribution is that of transformers' definition for every mixture of cuts, on random logits", () => {
+  const random = uniforms(3);
+  for (let n = 0; n < 500; n++) {
+    const logits = Float32Array.from({ length: 40 }, () => 12 * random() - 6);
+    const topK = Math.floor(random() * 45);
+    const settings = { ...plain, topK, topP: 0.05 + 0.95 * random(), minP: random() ** 3, temperature: 0.1 + 1.9 * random() }; // biome-ignore format: one row
+    const weights = distribution(logits, settings);
+    const total = weights.reduce((a, b) => a + b);
+    const wanted = warped(logits, settings);
+    for (const [i, p] of wanted.entries()) expect(weights[i] / total).toBeCloseTo(p, 12);
+  }
 });
 
 // A target that is a table: after each prefix, fixed random logits over six tokens. Token 0 ends the text.

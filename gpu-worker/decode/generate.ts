@@ -6,7 +6,6 @@ import type { ImageRows } from "../engine/images.ts";
 import type { Target } from "../engine/target.ts";
 import type { Finish, Step, TokenLogprob } from "../engine.ts";
 import type { Model } from "../model/model.ts";
-import { expandPrompt } from "../model/qwen/positions.ts";
 import { type Cycle, decode } from "./decode.ts";
 import { type Drafter, noDrafter } from "./drafters/drafter.ts";
 import type { Grammars } from "./grammar/grammar.ts";
@@ -126,10 +125,9 @@ export async function* generate(
   signal: AbortSignal,
 ): AsyncGenerator<Step> {
   const { model, target, tokenizer } = engine;
-  const { imageToken, contextLength, eosTokens, language } = model.config;
+  const { contextLength, eosTokens, language } = model.config;
   checkTokens(request, language.vocabulary);
-  const grids = images.map(({ grid }) => grid);
-  const expanded = expandPrompt(request.tokens, grids, imageToken);
+  const expanded = model.family.expandPrompt(request.tokens, images);
   const promptTokens = expanded.tokens.length;
   const imageTokens = expanded.images.reduce((sum, { count }) => sum + count, 0);
   const maxTokens = roomFor(promptTokens, request, contextLength);

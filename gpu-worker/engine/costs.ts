@@ -47,8 +47,7 @@ export function interpolate(at: readonly number[], values: readonly number[]): (
 /** A few passes after a prompt of 128 tokens; takes some tenths of a second on a small model. */
 export function measureCosts(runtime: Runtime, model: Model, target: Target): Costs {
   const tokens = new Array<number>(PROMPT).fill(0);
-  const row = Int32Array.from(tokens, (_, i) => i);
-  const prompt = { expanded: { tokens, images: [], positions: [row, row, row], delta: 0 } as never, imageRows: [] };
+  const prompt = { expanded: model.family.expandPrompt(tokens, []), imageRows: [] };
   const most = NODES.at(-1)!;
   using context = target.prefill(prompt, most, most);
   const chain = (n: number) => Array.from({ length: n }, (_, i) => i - 1);

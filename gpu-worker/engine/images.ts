@@ -2,17 +2,13 @@
 import { ApiError } from "../../shared/errors.ts";
 import type { PixelLimits } from "../../shared/protocol.ts";
 import { decodeImage, type Picture } from "../input/decode.ts";
+import type { ImageShape } from "../model/family.ts";
 import type { Model } from "../model/model.ts";
-import { imageGrid, imageTokens, processImage } from "../model/qwen/processor.ts";
-import { type VisionLayout, visionLayout } from "../model/qwen/vision.ts";
-import { frequencies } from "../model/rope.ts";
 import type { Runtime } from "./runtime.ts";
 
 /** Embedding rows of one picture in the prompt. */
-export interface ImageRows {
-  /** Merged cells: height, width. */
-  grid: [number, number];
-  /** [height·width, D] */
+export interface ImageRows extends ImageShape {
+  /** [count, D] */
   rows: Float32Array;
 }
 
@@ -22,44 +18,24 @@ export interface ImageRows {
  */
 export function encodePicture(
   runtime: Runtime,
-  model: Model,
+  { family, config, vision }: Model,
   picture: Picture,
-  limits: PixelLimits = model.processor,
+  limits: PixelLimits = family.pixels,
 ): ImageRows {
-  const { vision: c } = model.config;
-  const processor = { ...model.processor, minPixels: limits.minPixels, maxPixels: limits.maxPixels };
-  checkTokens(imageTokens(imageGrid(picture, processor), processor), model.config.contextLength);
-  const { pixels, grid } = processImage(picture, processor);
-  const [, height, width] = grid;
-  const layout = visionLayout(height, width, c);
-  const total = layout.windows * layout.size;
-  const half = c.width / c.heads / 2;
-  const patches = height * width;
-  const cells = imageTokens(grid, model.processor);
-  const ints = (values: ArrayLike<number>) => {
-    const tensor = runtime.tensor("i64", values.length);
-    const data = tensor.i64;
-    for (let i = 0; i < values.length; i++) data[i] = BigInt(values[i]);
-    return tensor;
-  };
-  using pixelTensor = runtime.tensor("f32", pixels.length);
-  using rowPatch = ints(layout.rowPatch);
-  using patchRow = ints(layout.patchRow);
-  using positions = ints(layout.rows.map((_, i) => i));
-  using mask = runtime.tensor("f32", total * layout.size);
-  using cos = runtime.tensor("f32", patches * half);
-  using sin = runtime.tensor("f32", patches * half);
-  using rows = runtime.tensor("f32", cells * c.out);
-  pixelTensor.f32.set(pixels);
-  fillMask(mask.f32, layout);
-  fillAngles(cos.f32, sin.f32, layout.rows, layout.columns, half);
-  using binding = model.vision.binding();
-  binding.input("pixels", pixelTensor, [patches, pixels.length / patches]).input("positions", positions, [1, patches]);
-  binding.input("row_patch", rowPatch, [total]).input("patch_row", patchRow, [patches]);
-  binding.input("mask", mask, [layout.windows, 1, layout.size, layout.size]);
-  binding.input("cos", cos, [patches, half]).input("sin", sin, [patches, half]);
-  binding.output("rows", rows, [cells, c.out]).run();
-  return { grid: [height / c.merge, width / c.merge], rows: rows.f32.slice() };
+  checkTokens(family.imageTokens(picture, limits), config.contextLength);
+  const { inputs, image } = family.visionPass(picture, limits);
+  const dims = [image.count, config.language.hidden];
+  using memory = new DisposableStack();
+  using binding = vision.binding();
+  for (const [name, { data, dims }] of Object.entries(inputs)) {
+    const tensor = memory.use(runtime.tensor(data instanceof Float32Array ? "f32" : "i64", data.length));
+    if (data instanceof Float32Array) tensor.f32.set(data);
+    else tensor.i64.set(data);
+    binding.input(name, tensor, dims);
+  }
+  const rows = memory.use(runtime.tensor("f32", dims[0] * dims[1]));
+  binding.output("rows", rows, dims).run();
+  return { ...image, rows: rows.f32.slice() };
 }
 
 /** Before the picture is resized: at the size that was asked for it may not even fit into memory. */
@@ -67,27 +43,6 @@ function checkTokens(tokens: number, context: number): void {
   if (tokens < context) return;
   const why = `the image would have ${tokens} tokens; the model's context is ${context} tokens, answer included`;
   throw new ApiError(400, why, { code: "context_length_exceeded" });
-}
-
-/** -inf where a window's row would look at padding. */
-function fillMask(mask: Float32Array, { windows, size, real }: VisionLayout): void {
-  for (let w = 0; w < windows; w++)
-    for (let column = 0; column < size; column++) {
-      if (real[w * size + column]) continue;
-      for (let row = 0; row < size; row++) mask[(w * size + row) * size + column] = Number.NEGATIVE_INFINITY;
-    }
-}
-
-/** 2-D rotary angles: the first half of the frequencies turns with the patch's row, the second with its column. */
-function fillAngles(cos: Float32Array, sin: Float32Array, rows: Int32Array, columns: Int32Array, half: number): void {
-  const frequency = frequencies(half, 10000); // Qwen2_5_VisionRotaryEmbedding fixes theta
-  const n = frequency.length;
-  for (let i = 0; i < rows.length; i++)
-    for (let f = 0; f < half; f++) {
-      const angle = Math.fround((f < n ? rows[i] : columns[i]) * frequency[f % n]);
-      cos[i * half + f] = Math.cos(angle);
-      sin[i * half + f] = Math.sin(angle);
-    }
 }
 
 /** Least recently used pictures go when the rows of all exceed `maxBytes`. */

@@ -1,6 +1,6 @@
 /** The big model: prefill, scoring of trees, commit of the accepted path. Knows sessions and memory, no drafter or sampler. */
+import type { ExpandedPrompt } from "../model/family.ts";
 import type { Model } from "../model/model.ts";
-import type { ExpandedPrompt } from "../model/qwen/positions.ts";
 import { frequencies, ropeTable } from "../model/rope.ts";
 import type { SequenceCache } from "./cache.ts";
 import { Context } from "./context.ts";
@@ -117,10 +117,10 @@ export class Target implements Disposable {
     cache.length += n;
   }
 
-  /** Angles of each token by its index: the prompt's by their three rows of positions, later ones by index + delta. */
+  /** Angles of each token by its index: the prompt's by their rows of positions, later ones by index + delta. */
   #fillRope(cache: SequenceCache, { positions, delta, tokens }: ExpandedPrompt): void {
     const half = this.#model.config.language.headSize / 2;
-    const axis = this.#model.config.mropeSection.flatMap((n, i) => new Array<number>(n).fill(i));
+    const axis = this.#model.family.rotaryAxes;
     for (const [table, all] of [
       [cache.cos.f32, this.#rope.cos],
       [cache.sin.f32, this.#rope.sin],

@@ -1,4 +1,4 @@
-/** Antialiased bicubic resizing of 8-bit RGB, bit for bit as Pillow 12 does it (what src/libImaging/Resample.c computes). */
+/** Antialiased bicubic resizing of 8-bit RGB, bit for bit as Pillow 12 does it (what Image.resize and src/libImaging/Resample.c compute). */
 import type { Picture } from "./decode.ts";
 
 /** Fraction bits of the fixed-point weights: 32, less 8 for the sample and 2 for weights whose absolute sum exceeds 1. */
@@ -20,11 +20,14 @@ interface Weights {
 
 /**
  * The picture at `width` x `height` (integers of at least 1). Horizontal pass first, only for rows that the vertical
- * pass reads; each pass rounds to 8 bits. An unchanged size gives a copy.
+ * pass reads; each pass rounds to 8 bits. A picture over 100 times as tall as wide that gets shorter has its vertical
+ * pass first. An unchanged size gives a copy.
  */
 export function resizeBicubic(picture: Picture, width: number, height: number): Picture {
   if (!Number.isInteger(width) || !Number.isInteger(height) || width < 1 || height < 1)
     throw new RangeError(`The size ${width}x${height} is not one of positive integers.`);
+  if (picture.height > 100 * picture.width && height < picture.height && width !== picture.width)
+    return resizeBicubic(resizeBicubic(picture, picture.width, height), width, height);
   const across = width === picture.width ? null : weights(picture.width, width);
   if (height === picture.height) {
     const rgb = across ? horizontal(picture, across, 0, picture.height) : new Uint8Array(picture.rgb);

@@ -1,4 +1,5 @@
 /** ViSpec's draft model as graphs (design: "ViSpec", NeurIPS 2025, sections 3.2 and 3.3; layout of the published checkpoints). */
+import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
@@ -7,11 +8,12 @@ import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
 import { gemm, int8MatMul, matMul } from "../ops/matmul.ts";
 import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts";
 import { parseConfig } from "./config.ts";
-import type { LanguageConfig } from "./language.ts";
+import type { FamilyConfig } from "./family.ts";
 import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
-import { readJson, type TensorSource, Weights } from "./weights.ts";
+import { readEntries, readJson, type TensorSource, Weights } from "./weights.ts";
 
 const DraftJson = z.object({
+  model_type: z.string().optional(),
   hidden_size: z.int().positive(),
   intermediate_size: z.int().positive(),
   num_attention_heads: z.int().positive(),
@@ -19,8 +21,10 @@ const DraftJson = z.object({
   rms_norm_eps: z.number(),
   rope_theta: z.number().default(10000),
   vocab_size: z.int().positive(),
-  qkv_bias: z.boolean().default(false),
+  qkv_bias: z.boolean().optional(),
 });
+
+type DraftJson = z.output<typeof DraftJson>;
 
 export interface DraftConfig extends DecoderLayerConfig {
   ropeTheta: number;
@@ -29,36 +33,133 @@ export interface DraftConfig extends DecoderLayerConfig {
   queries: number;
 }
 
-/** A draft checkpoint's config and weights, checked against the target it is to draft for. */
-export function loadDraft(folder: string, target: LanguageConfig): { config: DraftConfig; weights: Weights } {
-  const file = join(folder, "config.json");
-  const json = parseConfig(DraftJson, readJson(file), file);
-  const checks: [string, number, number][] = [
-    ["hidden_size", json.hidden_size, target.hidden],
-    ["vocab_size", json.vocab_size, target.vocabulary],
+/** What a draft has to know of its target. */
+export interface DraftTarget {
+  /** The model_type of its config.json. */
+  type: string;
+  config: Pick<FamilyConfig, "language" | "names" | "ropeTheta">;
+  weights: TensorSource;
+}
+
+/** Architectures that published drafts name as their target's. */
+const TARGETS = ["qwen2_5_vl", "llava_next", "llava"];
+const EMBEDDING = "embed_tokens.weight";
+
+/** Names of a draft's tensors, but for the embedding, which may be the target's. */
+function tensorNames(qkvBias: boolean): string[] {
+  const attention = (name: string, parts: string) =>
+    [...parts].flatMap((p) => [
+      `${name}.${p}_proj.weight`,
+      ...(qkvBias && p !== "o" ? [`${name}.${p}_proj.bias`] : []),
+    ]);
+  return [
+    ...["fc.weight", "fc.bias", "img_fc.weight", "img_fc.bias", "imadpt.q", "layers.0.post_attention_layernorm.weight"],
+    ...["gate", "up", "down"].map((part) => `layers.0.mlp.${part}_proj.weight`),
+    ...attention("layers.0.self_attn", "qkvo"),
+    ...attention("imadpt", "kvo"),
   ];
-  for (const [field, draft, wanted] of checks)
-    if (draft !== wanted)
-      throw new CheckpointError(
-        `${file}: the draft does not fit its target: ${field} is ${draft}, the target's ${wanted}`,
-      );
-  const weights = new Weights(folder);
+}
+
+/**
+ * A draft's config and weights, checked against the target it is to draft for; `source` stands in for the folder's
+ * tensors. Published drafts may lack config.json, which then comes from their tensors' shapes and the target's config,
+ * and the embedding, a frozen copy of the target's, which then serves. Throws CheckpointError naming the field, or all
+ * tensors that are absent; tensors that no draft has are ignored, with a warning.
+ */
+export function loadDraft(
+  folder: string,
+  target: DraftTarget,
+  source?: TensorSource,
+): { config: DraftConfig; weights: TensorSource } {
+  const file = join(folder, "config.json");
+  const own = source ?? new Weights(folder);
+  const given = existsSync(file) ? parseConfig(DraftJson, readJson(file), file) : undefined;
+  const qkvBias = given?.qkv_bias ?? own.has("layers.0.self_attn.q_proj.bias");
+  const absent = tensorNames(qkvBias).filter((name) => !own.has(name));
+  if (absent.length > 0) throw new CheckpointError(`${folder} lacks tensors of a draft: ${absent.join(", ")}`);
+  const json = given ?? impliedJson(own, target);
+  checkFit(given ? file : folder, json, target);
   const headSize = json.hidden_size / json.num_attention_heads;
-  const queries = weights.shape("imadpt.q")[0];
-  weights.get("imadpt.q", [queries, json.num_attention_heads, headSize]);
+  const queries = own.shape("imadpt.q")[0];
+  own.get("imadpt.q", [queries, json.num_attention_heads, headSize]);
   const config: DraftConfig = {
     hidden: json.hidden_size,
     inner: json.intermediate_size,
     heads: json.num_attention_heads,
     kvHeads: json.num_attention_heads,
     headSize,
-    qkvBias: json.qkv_bias,
+    qkvBias,
     epsilon: json.rms_norm_eps,
     ropeTheta: json.rope_theta,
     vocabulary: json.vocab_size,
     queries,
   };
-  return { config, weights };
+  const single = join(folder, "model.safetensors");
+  const stored = source || !existsSync(single) ? [] : readEntries(single).map(({ name }) => name);
+  const extra = extraTensors(config, stored);
+  if (extra.length > 0)
+    console.warn(`vispec: ${folder}: no draft has these tensors, they are ignored: ${extra.join(", ")}`);
+  return { config, weights: own.has(EMBEDDING) ? own : withEmbedding(own, target) };
+}
+
+/** Those of the names that are no tensor of a draft. */
+export function extraTensors({ qkvBias }: DraftConfig, names: Iterable<string>): string[] {
+  const known = new Set([EMBEDDING, ...tensorNames(qkvBias)]);
+  return [...names].filter((name) => !known.has(name));
+}
+
+/** What a draft's config.json would say, as far as its tensors and its target tell. */
+function impliedJson(own: TensorSource, { type, config: { language, ropeTheta } }: DraftTarget): DraftJson {
+  return {
+    model_type: type,
+    hidden_size: own.shape("fc.weight")[0],
+    intermediate_size: own.shape("layers.0.mlp.gate_proj.weight")[0],
+    num_attention_heads: own.shape("imadpt.q")[1],
+    num_hidden_layers: 1,
+    rms_norm_eps: language.epsilon,
+    rope_theta: ropeTheta,
+    vocab_size: own.has(EMBEDDING) ? own.shape(EMBEDDING)[0] : language.vocabulary,
+  };
+}
+
+function checkFit(where: string, json: DraftJson, { type, config: { language } }: DraftTarget): void {
+  const family = TARGETS.includes(json.model_type ?? "") ? json.model_type : type;
+  const checks: [string, number | string | undefined, number | string][] = [
+    ["model_type", family, type],
+    ["hidden_size", json.hidden_size, language.hidden],
+    ["vocab_size", json.vocab_size, language.vocabulary],
+  ];
+  for (const [field, draft, wanted] of checks)
+    if (draft !== wanted)
+      throw new CheckpointError(
+        `${where}: the draft does not fit its target: ${field} is ${draft}, the target's ${wanted}`,
+      );
+}
+
+/** A draft's tensors and the target's embedding in place of the copy that it lacks. */
+function withEmbedding(own: TensorSource, { config, weights }: DraftTarget): TensorSource {
+  const theirs = `${config.names.model}.${EMBEDDING}`;
+  return {
+    folder: own.folder,
+    has: (name) => name === EMBEDDING || own.has(name),
+    shape: (name) => (name === EMBEDDING ? weights.shape(theirs) : own.shape(name)),
+    get: (name, shape) => (name === EMBEDDING ? weights.get(theirs, shape) : own.get(name, shape)),
+  };
+}
+
+/** A draft's config.json, for one that came without. */
+export function draftJson(c: DraftConfig, type: string): DraftJson {
+  return {
+    model_type: type,
+    hidden_size: c.hidden,
+    intermediate_size: c.inner,
+    num_attention_heads: c.heads,
+    num_hidden_layers: 1,
+    rms_norm_eps: c.epsilon,
+    rope_theta: c.ropeTheta,
+    vocab_size: c.vocabulary,
+    qkv_bias: c.qkvBias,
+  };
 }
 
 const parts = (w: TensorSource, d: number) => ({

@@ -19,20 +19,18 @@ export interface LanguageNames {
   head: string;
 }
 
-export const QWEN_NAMES: LanguageNames = { model: "model", head: "lm_head" };
-
 /** The matrix that turns hidden states into logits, [V,D]. */
-export function headWeight(c: LanguageConfig, w: TensorSource, names = QWEN_NAMES): StoredTensor {
+export function headWeight(c: LanguageConfig, w: TensorSource, names: LanguageNames): StoredTensor {
   const name = c.tiedEmbeddings ? `${names.model}.embed_tokens` : names.head;
   return w.get(`${name}.weight`, [c.vocabulary, c.hidden]);
 }
 
 /**
- * One pass over T tokens after those in the cache (Qwen2_5_VLTextModel and lm_head).
+ * One pass over T tokens after those in the cache (Qwen2_5_VLTextModel or LlamaModel, and lm_head).
  * Inputs: ids i64 [T]; image_rows [R,D] that take the places image_index i64 [R,1] of the embeddings; logit_rows i64 [K]:
  * the rows that logits are wanted of; the cache inputs. Outputs: hidden [T,D] after the final norm; logits f32 [K,V].
  */
-export function languageGraph(c: LanguageConfig, w: TensorSource, options: GraphOptions, names = QWEN_NAMES): Graph {
+export function languageGraph(c: LanguageConfig, w: TensorSource, options: GraphOptions, names: LanguageNames): Graph {
   const g = new Graph(options);
   const ids = g.input("ids", "i64", ["T"]);
   const imageRows = g.input("image_rows", g.dtype, ["R", c.hidden]);

@@ -26,10 +26,13 @@ export function cast(g: Graph, x: Value, dtype: DType): Value {
   return x.dtype === dtype ? x : g.node("Cast", [x], [{ dtype, shape: x.shape }], { to: DTYPES[dtype].onnx })[0];
 }
 
+const gate = (alpha: number) => (g: Graph, x: Value) =>
+  g.node("QuickGelu", [x], [{ dtype: x.dtype, shape: x.shape }], { alpha: { float: alpha } }, "com.microsoft")[0];
+
 /** x · sigmoid(x), in ONNX Runtime's fused kernel. */
-export function silu(g: Graph, x: Value): Value {
-  return g.node("QuickGelu", [x], [{ dtype: x.dtype, shape: x.shape }], { alpha: { float: 1 } }, "com.microsoft")[0];
-}
+export const silu = gate(1);
+/** x · sigmoid(1.702 x), as CLIP has it. */
+export const quickGelu = gate(1.702);
 
 /** Exact (erf) GELU. */
 export function gelu(g: Graph, x: Value): Value {

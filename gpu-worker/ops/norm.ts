@@ -1,6 +1,12 @@
 /** Normalisations, in ONNX Runtime's fused kernels. */
 import type { Graph, Value } from "../graph/graph.ts";
 
+/** (x − mean) / standard deviation · weight + bias over the last axis. */
+export function layerNorm(g: Graph, x: Value, weight: Value, bias: Value, epsilon: number): Value {
+  const attributes = { axis: -1, epsilon: { float: epsilon } };
+  return g.node("LayerNormalization", [x, weight, bias], [{ dtype: x.dtype, shape: x.shape }], attributes)[0];
+}
+
 /** x / rms(x) · weight over the last axis (Qwen2RMSNorm, LlamaRMSNorm). */
 export function rmsNorm(g: Graph, x: Value, weight: Value, epsilon: number): Value {
   const attributes = { axis: -1, epsilon: { float: epsilon } };

@@ -18,6 +18,13 @@ export function concat(g: Graph, xs: readonly Value[], axis: number): Value {
   return xs.length === 1 ? xs[0] : g.node("Concat", xs, [{ dtype: xs[0].dtype, shape }], { axis })[0];
 }
 
+/** x [a,n,…] with `rows` rows of zeros before each of its n. */
+export function padFront(g: Graph, x: Value, rows: number): Value {
+  const pads = x.shape.map((_, i) => (i === 1 ? rows : 0));
+  const shape = x.shape.map((d, i) => (i === 1 ? (d as number) + rows : d));
+  return g.node("Pad", [x, g.ints([...pads, ...x.shape.map(() => 0)])], [{ dtype: x.dtype, shape }])[0];
+}
+
 /** Splits the last axis into pieces of the given sizes. */
 export function split(g: Graph, x: Value, sizes: readonly number[]): Value[] {
   const outputs = sizes.map((size) => ({ dtype: x.dtype, shape: [...x.shape.slice(0, -1), size] }));

@@ -6,14 +6,15 @@ import type { Prompt } from "../../gpu-worker/engine/target.ts";
 import type { Step } from "../../gpu-worker/engine.ts";
 import { type EngineOptions, LocalEngine } from "../../gpu-worker/engine-local.ts";
 import { decodeImage } from "../../gpu-worker/input/decode.ts";
-import { expandPrompt } from "../../gpu-worker/model/qwen/positions.ts";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import { type GenerateRequest, imageKey, type Sampling } from "../../shared/protocol.ts";
 
 export const GOLDENS = join(import.meta.dirname, "../goldens/qwen");
 export const MODEL = join(import.meta.dirname, "../../models/tiny-qwen2.5-vl");
+export const LLAVA_GOLDENS = join(import.meta.dirname, "../goldens/llava");
+export const LLAVA_MODEL = join(import.meta.dirname, "../../models/tiny-llava-next");
 
-export const readGolden = (name: string) => JSON.parse(readFileSync(join(GOLDENS, name), "utf8"));
+export const readGolden = (name: string, folder = GOLDENS) => JSON.parse(readFileSync(join(folder, name), "utf8"));
 
 interface Part {
   type: string;
@@ -22,16 +23,32 @@ interface Part {
 
 export interface Case {
   id: string;
+  /** That the pictures' names lie in. */
+  folder: string;
   messages: { role: string; content: string | Part[] }[];
   input_ids: number[];
-  position_ids: number[][];
-  rope_delta: number;
+  /** Of Qwen; LLaVA's are 0, 1, 2, … */
+  position_ids?: number[][];
+  rope_delta?: number;
   output_ids: number[];
   output_text: string;
   image_tokens: number;
 }
 
-export const cases: Case[] = readGolden("cases.json").cases;
+function casesOf(folder: string): Case[] {
+  return readGolden("cases.json", folder).cases.map((golden: Case) => ({ ...golden, folder }));
+}
+
+export const cases = casesOf(GOLDENS);
+
+/** What the suites that hold for every family run over. */
+export const families = [
+  { name: "qwen", model: MODEL, goldens: GOLDENS, cases },
+  { name: "llava", model: LLAVA_MODEL, goldens: LLAVA_GOLDENS, cases: casesOf(LLAVA_GOLDENS) },
+];
+
+/** A case, or what is asked like one; without a folder the pictures are Qwen's. */
+export type Asked = Pick<Case, "id" | "messages"> & { folder?: string };
 
 /** The target's own distribution, with nothing cut or changed. */
 export const plainSampling: Sampling = {
@@ -40,7 +57,7 @@ export const plainSampling: Sampling = {
 };
 
 /** A case's messages with its pictures as data: URLs. */
-export function withImages({ messages }: Pick<Case, "messages">) {
+export function withImages({ messages, folder }: Pick<Asked, "messages" | "folder">) {
   return messages.map((message) => ({
     ...message,
     content:
@@ -49,19 +66,19 @@ export function withImages({ messages }: Pick<Case, "messages">) {
         : message.content.map((part) =>
             part.image_url === undefined
               ? part
-              : { type: "image_url", image_url: { url: dataUrl(part.image_url.url) } },
+              : { type: "image_url", image_url: { url: dataUrl(part.image_url.url, folder) } },
           ),
   }));
 }
 
-export function dataUrl(name: string): string {
-  return `data:image/png;base64,${readFileSync(join(GOLDENS, name)).toString("base64")}`;
+export function dataUrl(name: string, folder = GOLDENS): string {
+  return `data:image/png;base64,${readFileSync(join(folder, name)).toString("base64")}`;
 }
 
 /** A case as the engine's request, with the keys of its pictures, which the engine now holds. */
 export async function prepare(
   engine: LocalEngine,
-  golden: Pick<Case, "id" | "messages">,
+  golden: Asked,
   change: Partial<GenerateRequest> = {},
   pixels: { min_pixels?: number; max_pixels?: number } = {},
 ): Promise<{ request: GenerateRequest; images: string[] }> {
@@ -82,19 +99,18 @@ export async function promptOf(engine: LocalEngine, golden: Case): Promise<Promp
   for (const { content } of golden.messages)
     for (const { image_url } of typeof content === "string" ? [] : content) {
       if (!image_url) continue;
-      const picture = await decodeImage(readFileSync(join(GOLDENS, image_url.url)));
+      const picture = await decodeImage(readFileSync(join(golden.folder, image_url.url)));
       rows.push(encodePicture(engine.runtime, engine.model, picture));
     }
   const { request } = await prepare(engine, golden);
-  const grids = rows.map(({ grid }) => grid);
-  const expanded = expandPrompt(request.tokens, grids, engine.model.config.imageToken);
+  const expanded = engine.model.family.expandPrompt(request.tokens, rows);
   return { expanded, imageRows: rows.map((image) => image.rows), rows };
 }
 
 /** All steps of a case's answer. */
 export async function answer(
   engine: LocalEngine,
-  golden: Pick<Case, "id" | "messages">,
+  golden: Asked,
   change: Partial<GenerateRequest> = {},
 ): Promise<Step[]> {
   const { request, images } = await prepare(engine, golden, change);
@@ -116,8 +132,8 @@ export function openEngine(options: Partial<EngineOptions> = {}): LocalEngine {
 }
 
 /** Float32 tensors of tensors.safetensors by name. */
-export function goldenTensors(): Map<string, Float32Array> {
-  const file = readFileSync(join(GOLDENS, "tensors.safetensors"));
+export function goldenTensors(folder = GOLDENS): Map<string, Float32Array> {
+  const file = readFileSync(join(folder, "tensors.safetensors"));
   const length = Number(file.readBigUInt64LE());
   const header = JSON.parse(file.subarray(8, 8 + length).toString());
   const tensors = new Map<string, Float32Array>();

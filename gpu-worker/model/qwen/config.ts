@@ -3,7 +3,7 @@ import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../../shared/errors.ts";
 import { parseConfig } from "../config.ts";
-import type { LanguageConfig } from "../language.ts";
+import type { FamilyConfig } from "../family.ts";
 import { readJson } from "../weights.ts";
 
 const VisionJson = z.object({
@@ -58,15 +58,10 @@ export interface VisionConfig {
   fullAttention: ReadonlySet<number>;
 }
 
-export interface QwenConfig {
-  language: LanguageConfig;
+export interface QwenConfig extends FamilyConfig {
   vision: VisionConfig;
-  ropeTheta: number;
   /** Rotary frequencies that turn with time, height, width. */
   mropeSection: readonly number[];
-  contextLength: number;
-  imageToken: number;
-  eosTokens: ReadonlySet<number>;
 }
 
 /** The checkpoint's configuration; newer files keep the decoder's part under text_config. */
@@ -94,6 +89,7 @@ export function loadQwenConfig(folder: string): QwenConfig {
       vocabulary: text.vocab_size,
       tiedEmbeddings: text.tie_word_embeddings,
     },
+    names: { model: "model", head: "lm_head" },
     vision: {
       layers: v.depth,
       width: v.hidden_size,

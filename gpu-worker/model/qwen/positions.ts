@@ -1,50 +1,33 @@
-/** Where tokens stand: Qwen2.5-VL's three-row positions (M-RoPE), and what the chat template's image placeholders become. */
-import { ApiError } from "../../../shared/errors.ts";
-
-/** A prompt with its image placeholders expanded to one token for each row that the vision tower gives. */
-export interface ExpandedPrompt {
-  tokens: number[];
-  /** First token and count of each image's run. */
-  images: { at: number; count: number }[];
-  /** [S] each: time, height, width. */
-  positions: [Int32Array, Int32Array, Int32Array];
-  /** The token at index i after the prompt has position i + delta in all rows. */
-  delta: number;
-}
+/** Where tokens stand: Qwen2.5-VL's three-row positions (M-RoPE). */
+import { type ExpandedPrompt, expandImages, type ImageShape } from "../family.ts";
 
 /**
- * Expands placeholders and numbers the tokens (get_rope_index of Qwen2_5_VLModel, still pictures only).
- * `grids` are the pictures' sizes in merged cells, [height, width] each, in order.
+ * Expands placeholders and numbers the tokens in three rows: time, height, width (get_rope_index of Qwen2_5_VLModel,
+ * still pictures only). The pictures' grids are their merged cells. Throws as expandImages.
  */
-export function expandPrompt(tokens: number[], grids: [number, number][], imageToken: number): ExpandedPrompt {
-  const placeholders = tokens.filter((t) => t === imageToken).length;
-  if (placeholders !== grids.length)
-    throw new ApiError(400, `the prompt has ${placeholders} image placeholders for ${grids.length} images`, {
-      code: "image_placeholders",
-      param: "messages",
-    });
-  const out: number[] = [];
-  const images: { at: number; count: number }[] = [];
-  const rows: [number[], number[], number[]] = [[], [], []];
-  let next = 0;
-  for (const token of tokens) {
-    if (token !== imageToken) {
-      for (const row of rows) row.push(next);
-      out.push(token);
-      next++;
-      continue;
-    }
-    const [height, width] = grids[images.length];
-    images.push({ at: out.length, count: height * width });
+export function expandPrompt(
+  tokens: readonly number[],
+  images: readonly ImageShape[],
+  imageToken: number,
+): ExpandedPrompt {
+  const expanded = expandImages(tokens, images, imageToken);
+  const { length } = expanded.tokens;
+  const rows = [new Int32Array(length), new Int32Array(length), new Int32Array(length)];
+  let [at, next] = [0, 0];
+  const text = (end: number) => {
+    for (; at < end; at++, next++) for (const row of rows) row[at] = next;
+  };
+  for (const [i, run] of expanded.images.entries()) {
+    text(run.at);
+    const [height, width] = images[i].grid!;
     for (let y = 0; y < height; y++)
-      for (let x = 0; x < width; x++) {
-        out.push(imageToken);
-        rows[0].push(next);
-        rows[1].push(next + y);
-        rows[2].push(next + x);
+      for (let x = 0; x < width; x++, at++) {
+        rows[0][at] = next;
+        rows[1][at] = next + y;
+        rows[2][at] = next + x;
       }
     next += Math.max(height, width);
   }
-  const positions = rows.map((r) => Int32Array.from(r)) as ExpandedPrompt["positions"];
-  return { tokens: out, images, positions, delta: next - out.length };
+  text(length);
+  return { ...expanded, positions: rows, delta: next - length };
 }

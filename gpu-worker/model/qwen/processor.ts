@@ -1,13 +1,8 @@
 /** From an RGB picture to the patches of Qwen2.5-VL's vision tower, as Hugging Face's Qwen2VLImageProcessor (Pillow backend) makes them. */
 import { z } from "zod";
-import { ApiError } from "../../../shared/errors.ts";
 import type { Picture } from "../../input/decode.ts";
 import { resizeBicubic } from "../../input/resize.ts";
-
-const MAX_ASPECT_RATIO = 200;
-
-const three = z.tuple([z.number(), z.number(), z.number()]);
-const always = z.literal(true).optional();
+import { checkAspectRatio, checkLimits, levels, PIXEL_FIELDS, writeSquare } from "../pixels.ts";
 
 const Stored = z.object({
   // Older files name the limits min_pixels and max_pixels, newer ones size.shortest_edge and size.longest_edge (pixels, for all their names).
@@ -19,18 +14,7 @@ const Stored = z.object({
   patch_size: z.int().positive().default(14),
   temporal_patch_size: z.int().positive().default(2),
   merge_size: z.int().positive().default(2),
-  image_mean: three,
-  image_std: three,
-  rescale_factor: z
-    .number()
-    .positive()
-    .default(1 / 255),
-  // Steps that are always done here: a model that wants them otherwise is refused when it is loaded.
-  do_resize: always,
-  do_rescale: always,
-  do_normalize: always,
-  do_convert_rgb: always,
-  resample: z.literal(3, "only bicubic resampling (3) is supported").optional(),
+  ...PIXEL_FIELDS,
 });
 
 /** Parses a model's preprocessor_config.json; limits default to those of the Hugging Face class (56² and 28²·1280 pixels). */
@@ -67,15 +51,8 @@ export function smartResize(
   minPixels: number,
   maxPixels: number,
 ): { width: number; height: number } {
-  if (minPixels > maxPixels) {
-    const message = `min_pixels is ${minPixels}, which is more than max_pixels, ${maxPixels}.`;
-    throw new ApiError(400, message, { param: "min_pixels" });
-  }
-  const ratio = Math.max(width, height) / Math.min(width, height);
-  if (ratio > MAX_ASPECT_RATIO) {
-    const message = `The image's aspect ratio must not exceed ${MAX_ASPECT_RATIO}, but ${width}x${height} has ${Number(ratio.toFixed(2))}.`;
-    throw new ApiError(400, message, { code: "invalid_image" });
-  }
+  checkLimits({ minPixels, maxPixels });
+  checkAspectRatio({ width, height });
   const rounded = { width: roundHalfEven(width / factor) * factor, height: roundHalfEven(height / factor) * factor };
   const area = rounded.width * rounded.height;
   if (area > maxPixels) {
@@ -120,7 +97,7 @@ export function processImage(picture: Picture, config: ProcessorConfig): Process
   const resized = resizeBicubic(picture, columns * config.patchSize, rows * config.patchSize);
   const perPatch = 3 * config.temporalPatchSize * config.patchSize ** 2;
   const pixels = new Float32Array(rows * columns * perPatch);
-  const tables = [0, 1, 2].map((channel) => normalized(config, channel));
+  const tables = [0, 1, 2].map((channel) => levels(config, channel));
   const merge = config.mergeSize;
   let at = 0;
   for (let top = 0; top < rows; top += merge)
@@ -128,16 +105,6 @@ export function processImage(picture: Picture, config: ProcessorConfig): Process
       for (let i = 0; i < merge * merge; i++, at += perPatch)
         writePatch(pixels, at, resized, top + Math.floor(i / merge), left + (i % merge), tables, config);
   return { pixels, grid };
-}
-
-/** The float32 value of each of the 256 levels; every step rounds to float32, as numpy does. */
-function normalized(config: ProcessorConfig, channel: number): Float32Array {
-  const mean = Math.fround(config.mean[channel]);
-  const std = Math.fround(config.std[channel]);
-  return Float32Array.from(
-    { length: 256 },
-    (_, level) => Math.fround(Math.fround(level * config.rescaleFactor) - mean) / std,
-  );
 }
 
 /** Writes the patch in the given row and column of patches to `pixels` from `at` on. */
@@ -151,13 +118,11 @@ function writePatch(
   { patchSize, temporalPatchSize }: ProcessorConfig,
 ): void {
   const frame = patchSize * patchSize;
+  const square = { top: row * patchSize, left: column * patchSize, side: patchSize };
   for (let channel = 0; channel < 3; channel++) {
-    const table = tables[channel];
     const start = at;
-    for (let y = 0; y < patchSize; y++) {
-      let source = ((row * patchSize + y) * from.width + column * patchSize) * 3 + channel;
-      for (let x = 0; x < patchSize; x++, source += 3) pixels[at++] = table[from.rgb[source]];
-    }
+    writeSquare(pixels, start, from, square, channel, tables[channel]);
+    at += frame;
     for (let t = 1; t < temporalPatchSize; t++, at += frame) pixels.copyWithin(at, start, start + frame);
   }
 }
