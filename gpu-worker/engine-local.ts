@@ -30,6 +30,8 @@ export interface EngineOptions {
   device?: Device;
   /** Threads of a pass on the CPU. */
   threads?: number;
+  /** Prompt and answer together have at most so many tokens; by default, and at most, what the model was made for. */
+  context?: number;
 }
 
 /** A PNG of one pixel: the decoder, too, is slow the first time. */
@@ -64,7 +66,8 @@ export class LocalEngine implements Engine {
     if (options.drafter === "vispec" && draft === undefined)
       throw new CheckpointError(`${beside} is missing: no draft`);
     this.runtime = new Runtime(options);
-    this.model = loadModel(this.runtime, options.model, draft, shape === undefined && this.runtime.unified);
+    const int8Draft = shape === undefined && this.runtime.unified;
+    this.model = loadModel(this.runtime, options.model, { draft, int8Draft, context: options.context });
     this.target = new Target(this.runtime, this.model);
     this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, this.#planner(shape));
     this.tokenizer = new Tokenizer(this.model.tokenizer, this.model.tokenizerConfig);

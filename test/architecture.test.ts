@@ -51,6 +51,7 @@ const rules: Rule[] = [
   { from: /^(?!gpu-worker\/store\/s3\.ts$)/, to: /^@aws-sdk\// },
   // What the builders of graphs may know of the runtime: the element types.
   { from: /^gpu-worker\/(graph|ops|model)\//, to: /^gpu-worker\/engine\//, types: true, values: ["DTYPES"] },
+  { from: /^gpu-worker\/checkpoint\//, to: /^gpu-worker\/(cli|service|decode|engine|graph)\//, types: true },
   { from: /^gpu-worker\/engine\//, to: /^gpu-worker\/((cli|service)\/|[^/]+$)/ },
   { from: /^gpu-worker\/engine\//, to: /^gpu-worker\/decode\//, types: true },
   { from: /^gpu-worker\/decode\//, to: /^gpu-worker\/((cli|service)\/|[^/]+$)|^node:http/, types: true },
@@ -129,6 +130,7 @@ test.each([
   ["gpu-worker/decode/decode.ts", 'import { startServer } from "../service/server.ts";'],
   ["gpu-worker/engine/target.ts", 'import koffi from "koffi";'],
   ["gpu-worker/model/model.ts", 'import { LocalEngine } from "../decode/generate.ts";'],
+  ["gpu-worker/checkpoint/import.ts", 'import { Runtime } from "../engine/runtime.ts";'],
   ["gpu-worker/service/queue.ts", 'import "../model/weights.ts";'],
   ["gpu-worker/service/server.ts", 'import { startEngine } from "../engine-process.ts";'],
   ["gpu-worker/service/pictures.ts", 'import { startServer } from "./server.ts";'],

@@ -53,6 +53,14 @@ describe("--json", () => {
     expect(result).toMatchObject({ meanAccepted: 0, tokensPerCycle: 1 });
   });
 
+  test("--context bounds prompt and answer together", async () => {
+    const { usage, finishReason } = await json("--image", picture, "--prompt", question, "--context", "120");
+    expect([usage.promptTokens + usage.completionTokens, finishReason]).toEqual([120, "length"]);
+    const refused = await vispec(["generate", "--image", picture, "--prompt", question, "--context", "30"]);
+    expect(refused.code).toBe(2);
+    expect(refused.stderr).toContain("the model's context is 30");
+  });
+
   test("a seed at a temperature repeats itself, and top-k 1 is greedy", async () => {
     const sampled = ["--prompt", "Tell me a short story about Clara and a fox.", "--temperature", "1"];
     const [one, again, greedy] = [

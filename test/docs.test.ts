@@ -53,14 +53,17 @@ describe("docs/api.md", () => {
   });
 
   test("has every header that is read or set, and every setting", () => {
-    const headers = found(/\b(?:headers?(?:\.[gs]et)?|setHeader)\(\s*"([a-zA-Z-]+)"|headers\["([a-z-]+)"\]/g);
+    // Those of the service; stores are clients of others.
+    const service = (path: string) => !path.startsWith("gpu-worker/store/");
+    const headers = found(/\b(?:headers?(?:\.[gs]et)?|setHeader)\(\s*"([a-zA-Z-]+)"|headers\["([a-z-]+)"\]/g, service);
     const named = found(/^export const \w*HEADER = "([a-z-]+)"/gm);
-    const settings = found(/process\.env\.([A-Z_]+)/g, (path) => path.startsWith("gpu-worker/"));
+    const settings = found(/process\.env\.([A-Z0-9_]+)/g, (path) => path.startsWith("gpu-worker/"));
     const bindings = found(/^ {2}([A-Z_]+): (?:string|Durable)/gm, (path) => path === "edge/config.ts");
     expect([headers.size > 6, named.size, settings.size > 2, bindings.size]).toEqual([true, 1, true, 5]);
     // In a table's first column, or where the settings of the command line are.
     const places = page.split("\n").map((line) => (line.startsWith("|") ? line.split(" | ")[0] : ""));
-    const told = [...places, page.slice(page.indexOf("\nEnvironment of"))].join().toLowerCase();
+    const models = readFileSync(join(ROOT, "docs/models.md"), "utf8");
+    const told = [...places, page.slice(page.indexOf("\nEnvironment of")), models].join().toLowerCase();
     const missing = [...headers, ...named, ...settings, ...bindings].filter(
       (name) => name && !told.includes(`\`${name.toLowerCase()}\``),
     );

@@ -13,7 +13,17 @@ export type Flags = Record<string, string | boolean | (string | boolean)[] | und
 export const DEFAULT_MODEL = "models/tiny-qwen2.5-vl";
 
 /** What `engineOptions` reads. */
-export const MODEL_FLAGS = ["model", "draft", "drafter", "total-token", "depth", "top-k-draft", "device", "threads"];
+export const MODEL_FLAGS = [
+  "model",
+  "draft",
+  "drafter",
+  "total-token",
+  "depth",
+  "top-k-draft",
+  "device",
+  "threads",
+  "context",
+];
 
 /** Flags of a command: `values` take one, `lists` may come several times, `switches` take none. */
 export function parseFlags(args: string[], values: string[], lists: string[] = [], switches: string[] = []): Flags {
@@ -70,5 +80,6 @@ export function engineOptions(flags: Flags): EngineOptions {
     shape: treeShape(flags),
     device: oneOf(flags, "device", ["cpu", "cuda", "webgpu"]),
     threads: number(flags, "threads", { min: 1, max: 1024 }),
+    context: number(flags, "context", { min: 2 }),
   };
 }

@@ -12,6 +12,7 @@ import { headWeight, languageGraph, moveGraph } from "./language.ts";
 import { llavaFamily } from "./llava/family.ts";
 import { qwenFamily } from "./qwen/family.ts";
 import { frequencies, ropeTable } from "./rope.ts";
+import { elements } from "./safetensors.ts";
 import { readJson, type TensorSource, Weights } from "./weights.ts";
 
 /** Families by the model_type of config.json. What they are given: the checkpoint's folder, and its tensors by name. */
@@ -120,9 +121,27 @@ export function graphs(
   };
 }
 
+export interface LoadOptions {
+  /** Folder of a draft. */
+  draft?: string;
+  /** Whether the draft's layer computes in 8-bit integers. */
+  int8Draft?: boolean;
+  /** Bounds the context in tokens, and so the memory of tables and caches. */
+  context?: number;
+}
+
+/** A draft of more weights is worth the waking of a second thread. */
+const SMALL_DRAFT = 4e6;
+
 /** Describes a checkpoint, builds its graphs and compiles them. Throws as `describe` and `graphs`. */
-export function loadModel(runtime: Runtime, folder: string, draftFolder?: string, int8Draft = false): Model {
+export function loadModel(
+  runtime: Runtime,
+  folder: string,
+  { draft: draftFolder, int8Draft, context }: LoadOptions,
+): Model {
   const checkpoint = describe(folder, draftFolder);
+  const { config } = checkpoint;
+  config.contextLength = Math.min(config.contextLength, context ?? config.contextLength);
   const options = { dtype: "f32" as const, fusedRotary: runtime.device === "cpu", int8: false };
   const { vision, language, mover, draft } = graphs(checkpoint, options, int8Draft);
   const session = (graph: Graph, threads?: number) => runtime.session(encodeOnnx(graph), { threads });
@@ -135,11 +154,13 @@ export function loadModel(runtime: Runtime, folder: string, draftFolder?: string
     draft: draft &&
       draftConfig && {
         config: draftConfig,
-        // Waking a second thread takes longer than such small products.
-        layer: session(draft.layer, int8Draft ? 1 : undefined),
+        layer: session(draft.layer, int8Draft && weightsOf(draft.layer) < SMALL_DRAFT ? 1 : undefined),
         bias: session(draft.bias),
         adaptor: session(draft.adaptor),
-        rope: ropeTable(2 * checkpoint.config.contextLength, frequencies(draftConfig.headSize, draftConfig.ropeTheta)),
+        rope: ropeTable(2 * config.contextLength, frequencies(draftConfig.headSize, draftConfig.ropeTheta)),
       },
   };
 }
+
+const weightsOf = ({ weights }: Graph) =>
+  [...weights.values()].reduce((sum, { stored }) => sum + elements(stored.shape), 0);

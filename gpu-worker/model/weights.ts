@@ -1,6 +1,6 @@
 /** Finds tensors in a checkpoint's safetensors files. Reads their headers only; the numbers never pass through here. */
 import { closeSync, existsSync, fstatSync, openSync, readFileSync, readSync } from "node:fs";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
 import type { DType } from "../engine/runtime.ts";
@@ -53,29 +53,13 @@ export interface TensorSource {
 /** The tensors of model.safetensors, or of the shards that model.safetensors.index.json names. */
 export class Weights implements TensorSource {
   readonly folder: string;
-  readonly #tensors = new Map<string, StoredTensor>();
+  readonly #tensors = new Map<string, TensorEntry & { file: string }>();
 
-  constructor(folder: string) {
-    this.folder = resolve(folder);
-    const single = join(this.folder, "model.safetensors");
-    const index = `${single}.index.json`;
-    if (existsSync(single)) this.#add(single);
-    else if (existsSync(index)) {
-      const { weight_map: map } = parseConfig(Index, readJson(index), index);
-      for (const shard of new Set(Object.values(map))) {
-        const file = join(this.folder, shard);
-        if (!existsSync(file)) throw new CheckpointError(`${index} names ${shard}, which is missing`);
-        this.#add(file);
-      }
-    } else throw new CheckpointError(`${this.folder} has neither model.safetensors nor model.safetensors.index.json`);
-  }
-
-  #add(file: string): void {
-    for (const { name, dtype, shape, offset, bytes } of readEntries(file)) {
-      const known = STORED[dtype];
-      if (!known) throw new CheckpointError(`${file}: tensor ${name} is ${dtype}; F32, F16 and BF16 can be read`);
-      this.#tensors.set(name, { name, file, dtype: known, shape, offset, bytes });
-    }
+  /** `files` stand in for those of the folder. */
+  constructor(folder: string, files = filesOf(folder)) {
+    this.folder = folder;
+    for (const { file, entries } of files)
+      for (const entry of entries) this.#tensors.set(entry.name, { ...entry, file });
   }
 
   has(name: string): boolean {
@@ -86,7 +70,7 @@ export class Weights implements TensorSource {
     return this.#find(name).shape;
   }
 
-  #find(name: string, shape = ""): StoredTensor {
+  #find(name: string, shape = ""): TensorEntry & { file: string } {
     const tensor = this.#tensors.get(name);
     if (!tensor) throw new CheckpointError(`${this.folder}: tensor ${name}${shape} is missing`);
     return tensor;
@@ -94,8 +78,25 @@ export class Weights implements TensorSource {
 
   get(name: string, shape: readonly number[]): StoredTensor {
     const tensor = this.#find(name, ` [${shape}]`);
+    const { file } = tensor;
     if (`${tensor.shape}` !== `${shape}`)
-      throw new CheckpointError(`${tensor.file}: tensor ${name} is [${tensor.shape}], its config asks for [${shape}]`);
-    return tensor;
+      throw new CheckpointError(`${file}: tensor ${name} is [${tensor.shape}], its config asks for [${shape}]`);
+    const dtype = STORED[tensor.dtype];
+    if (!dtype) throw new CheckpointError(`${file}: tensor ${name} is ${tensor.dtype}; F32, F16 and BF16 can be read`);
+    return { ...tensor, dtype };
   }
+}
+
+function filesOf(folder: string): { file: string; entries: TensorEntry[] }[] {
+  const single = join(folder, "model.safetensors");
+  if (existsSync(single)) return [{ file: single, entries: readEntries(single) }];
+  const index = `${single}.index.json`;
+  if (!existsSync(index))
+    throw new CheckpointError(`${folder} has neither model.safetensors nor model.safetensors.index.json`);
+  const { weight_map: map } = parseConfig(Index, readJson(index), index);
+  return [...new Set(Object.values(map))].map((shard) => {
+    const file = join(folder, shard);
+    if (!existsSync(file)) throw new CheckpointError(`${index} names ${shard}, which is missing`);
+    return { file, entries: readEntries(file) };
+  });
 }

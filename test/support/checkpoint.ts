@@ -42,12 +42,12 @@ export function writeTensors(file: string, tensors: Tensors): void {
   writeFileSync(file, Buffer.concat([length, text, ...[...tensors.values()].map(({ bytes }) => bytes)]));
 }
 
-/** A copy of the embedded checkpoint, gone at the end of its scope; `file` gives paths in it. */
+/** A copy of the embedded checkpoint, or of another, gone at the end of its scope; `file` gives paths in it. */
 export class Checkpoint implements Disposable {
   readonly folder = mkdtempSync(join(tmpdir(), "vispec-"));
 
-  constructor() {
-    cpSync(MODEL, this.folder, { recursive: true });
+  constructor(model = MODEL) {
+    cpSync(model, this.folder, { recursive: true });
   }
 
   file(name: string): string {
@@ -71,6 +71,22 @@ export class Checkpoint implements Disposable {
   /** Gives the answers no end before the context's, which is large: a generation that surely still runs when it is stopped. */
   endless(): this {
     return this.edit("generation_config.json", /1177|1175/g, "1176").edit("config.json", "4096", "16384");
+  }
+
+  /** Splits the weights into shards with an index, every n-th tensor into each. */
+  shard(count: number): this {
+    const all = [...readTensors(this.file("model.safetensors"))];
+    const map: Record<string, string> = {};
+    for (let i = 0; i < count; i++) {
+      const own = all.filter((_, n) => n % count === i);
+      const name = `model-${i + 1}-of-${count}.safetensors`;
+      for (const [tensor] of own) map[tensor] = name;
+      writeTensors(this.file(name), new Map(own));
+    }
+    const total = all.reduce((sum, [, { bytes }]) => sum + bytes.length, 0);
+    const index = { metadata: { total_size: total }, weight_map: map };
+    writeFileSync(this.file("model.safetensors.index.json"), JSON.stringify(index));
+    return this.remove("model.safetensors");
   }
 
   tensors(change: (tensors: Tensors) => void, name = "model.safetensors"): this {
