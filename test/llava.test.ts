@@ -15,6 +15,7 @@ import { Weights } from "../gpu-worker/model/weights.ts";
 import type { ChatMessage } from "../shared/api.ts";
 import { ChatModel, prepareChat } from "../shared/chat.ts";
 import { CheckpointError } from "../shared/errors.ts";
+import { openBrowser, visit } from "./support/browser.ts";
 import { Checkpoint } from "./support/checkpoint.ts";
 import { vispec } from "./support/cli.ts";
 import { clients } from "./support/clients.ts";
@@ -31,11 +32,10 @@ import {
   openEngine,
   prepare,
   readGolden,
-  textOf,
   tokensOf,
   withImages,
 } from "./support/goldens.ts";
-import { startStack } from "./support/stack.ts";
+import { type Stack, startStack } from "./support/stack.ts";
 
 const { cases } = families.find(({ name }) => name === "llava")!;
 const golden = (id: string) => cases.find((c) => c.id === id)!;
@@ -346,16 +346,42 @@ test("`vispec generate` answers with it", async () => {
   expect([code, JSON.parse(stdout).text]).toEqual([0, output_text]);
 });
 
-test("edge, worker and engine serve it to the openai client, streamed and not", async () => {
-  await using stack = await startStack({ model: LLAVA_MODEL });
-  const asked = golden("15-compare");
-  const question = { url: stack.url, model: "tiny-llava-next", messages: withImages(asked) as Case["messages"] };
-  const pieces: string[] = [];
-  for (const onPiece of [undefined, (piece: string) => pieces.push(piece)])
-    expect(await clients.openai.ask({ ...question, onPiece })).toMatchObject({
-      ...{ text: asked.output_text, finish: "stop" },
-      ...{ promptTokens: asked.input_ids.length, completionTokens: asked.output_ids.length },
-    });
-  expect(pieces.length).toBeGreaterThan(3);
-  expect(textOf(await answer(engine, asked))).toBe(asked.output_text);
+describe("edge, worker and engine serve it", () => {
+  let stack: Stack;
+  beforeAll(async () => void (stack = await startStack({ model: LLAVA_MODEL })));
+  afterAll(() => stack?.close());
+
+  test.each(Object.entries(clients))("to %s, streamed and not", async (_name, { ask }) => {
+    for (const asked of [golden("15-compare"), golden("20-text2")]) {
+      const question = { url: stack.url, model: "tiny-llava-next", messages: withImages(asked) as Case["messages"] };
+      const pieces: string[] = [];
+      for (const onPiece of [undefined, (piece: string) => pieces.push(piece)])
+        expect(await ask({ ...question, onPiece })).toMatchObject({
+          ...{ text: asked.output_text, finish: "stop" },
+          ...{ promptTokens: asked.input_ids.length, completionTokens: asked.output_ids.length },
+        });
+      expect(pieces.length).toBeGreaterThan(3);
+    }
+  });
+
+  test("to the playground", async () => {
+    const browser = await openBrowser();
+    const { page, faults } = await visit(browser, stack.url);
+    try {
+      const described = golden("00-describe");
+      await page.waitForSelector("#model:not(:empty)");
+      expect(await page.locator("#model").textContent()).toContain("tiny-llava-next");
+      await page.setInputFiles("#file", join(LLAVA_GOLDENS, "images/00-describe-0.png"));
+      await page.waitForSelector("#pictures img");
+      await page.fill("#question", "Describe this image in detail.");
+      await page.press("#question", "Enter");
+      await page.waitForSelector(".text");
+      await page.waitForSelector("#send[type=submit]");
+      expect(await page.locator(".text").allTextContents()).toEqual([described.output_text]);
+      expect(await page.locator(".text .draft").count()).toBeGreaterThan(5);
+      expect(faults).toEqual([]);
+    } finally {
+      await browser.close();
+    }
+  });
 });
