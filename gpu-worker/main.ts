@@ -2,19 +2,24 @@
 import { CheckpointError, toApiError } from "../shared/errors.ts";
 import { BENCH_HELP, benchCommand } from "./cli/bench.ts";
 import { GENERATE_HELP, generateCommand } from "./cli/generate.ts";
+import { IMPORT_HELP, importCommand } from "./cli/import.ts";
+import { INFLATE_HELP, inflateCommand } from "./cli/inflate.ts";
 import { UsageError } from "./cli/options.ts";
 import { type EndSignals, SERVE_HELP, serveCommand, startCommand } from "./cli/serve.ts";
 import { PortInUseError } from "./service/http.ts";
+import { StoreError } from "./store/store.ts";
 
 const either = ({ interrupt, terminate }: EndSignals) => AbortSignal.any([interrupt, terminate]);
 const commands: Record<string, (args: string[], signals: EndSignals) => Promise<void>> = {
   generate: (args, signals) => generateCommand(args, either(signals)),
   serve: serveCommand,
   start: startCommand,
+  import: (args, signals) => importCommand(args, either(signals)),
+  inflate: (args, signals) => inflateCommand(args, either(signals)),
   bench: (args, signals) => benchCommand(args, either(signals)),
 };
 
-const HELP = `${[GENERATE_HELP, SERVE_HELP, BENCH_HELP].join("\n\n")}\n`;
+const HELP = `${[GENERATE_HELP, SERVE_HELP, IMPORT_HELP, INFLATE_HELP, BENCH_HELP].join("\n\n")}\n`;
 
 /** npm and node24.mjs pass SIGTERM on, so that one sent to the whole process group comes up to three times. */
 const ONE_SIGTERM = 1000;
@@ -38,9 +43,12 @@ function endSignals(): EndSignals {
 /** 2: what the caller gave cannot be used; 130: interrupted; 1: anything else. */
 function exitCode(error: unknown, signals: EndSignals): number {
   if (either(signals).aborted) return 130;
-  if (error instanceof UsageError || error instanceof CheckpointError) return 2;
+  if ([UsageError, CheckpointError, StoreError].some((kind) => error instanceof kind)) return 2;
   return toApiError(error).status < 500 ? 2 : 1;
 }
+
+/** A disk without room is no fault of this program, nor of what the caller gave. */
+const isFull = (error: unknown) => (error as NodeJS.ErrnoException).code === "ENOSPC";
 
 const signals = endSignals();
 const [name, ...args] = process.argv.slice(2);
@@ -52,6 +60,7 @@ else
     await command(args, signals);
   } catch (error) {
     process.exitCode = exitCode(error, signals);
-    if (process.exitCode === 2 || error instanceof PortInUseError) console.error(`vispec: ${(error as Error).message}`);
+    if (process.exitCode === 2 || error instanceof PortInUseError || isFull(error))
+      console.error(`vispec: ${(error as Error).message}`);
     else if (process.exitCode === 1) console.error(error);
   }

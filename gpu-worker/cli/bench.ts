@@ -1,20 +1,22 @@
 /** `vispec bench`: how fast the model answers here, plain and with drafts, in one run. Prints; asserts nothing. */
-import { randomBytes } from "node:crypto";
-import { readFileSync } from "node:fs";
-import { cpus } from "node:os";
-import { join } from "node:path";
+import { createHash, randomBytes } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync } from "node:fs";
+import { cpus, homedir } from "node:os";
+import { basename, dirname, join } from "node:path";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import { type GenerateRequest, imageKey } from "../../shared/protocol.ts";
-import type { Costs } from "../decode/drafters/plan.ts";
+import type { Costs, TreeShape } from "../decode/drafters/plan.ts";
 import type { Finish } from "../engine.ts";
 import { type EngineOptions, LocalEngine } from "../engine-local.ts";
 import { startEngine } from "../engine-process.ts";
 import { startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
 import { benchEdge } from "./bench-edge.ts";
+import { inflateCommand } from "./inflate.ts";
 import { engineOptions, MODEL_FLAGS, number, parseFlags } from "./options.ts";
 
-export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--device cpu|cuda|webgpu] [--threads N] [--json]
+export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--like SHAPE] [--device cpu|cuda|webgpu] [--threads N] [--context N] [--json]
+  --like inflates the model to that shape first, once, into a cache folder (see vispec inflate): small is for a CPU
 vispec bench --edge [--rounds N] [--json]`;
 
 const ROOT = join(import.meta.dirname, "../../test/goldens/qwen/images");
@@ -62,11 +64,13 @@ class Contender {
   readonly name: string;
   readonly engine: LocalEngine;
   readonly rows: Row[] = [];
+  readonly #plain: boolean;
   #requests: { request: GenerateRequest; images: string[] }[] = [];
 
-  constructor(name: string, options: EngineOptions) {
+  constructor(name: string, engine: LocalEngine, plain = false) {
     this.name = name;
-    this.engine = new LocalEngine(options);
+    this.engine = engine;
+    this.#plain = plain;
   }
 
   async prepare(): Promise<void> {
@@ -78,7 +82,7 @@ class Contender {
       const [{ hash, limits }] = request.images;
       const key = imageKey(request.tenant, hash!, limits);
       await this.engine.putImage(key, images.get(hash!)!.bytes, limits);
-      this.#requests.push({ request, images: [key] });
+      this.#requests.push({ request: { ...request, plain: this.#plain }, images: [key] });
     }
   }
 
@@ -147,7 +151,7 @@ function costTable({ verify, draft }: Costs) {
 function print(
   rows: Row[],
   costs: ReturnType<typeof costTable>,
-  edge: Record<string, Awaited<ReturnType<typeof throughEdge>>>,
+  edge: Record<string, Awaited<ReturnType<typeof throughEdge>>> | undefined,
 ): void {
   const percent = (x: number) => `${(100 * x).toFixed(0)} %`;
   const { length, 0: cpu } = cpus();
@@ -167,6 +171,7 @@ function print(
   console.log(`\n| ms a pass over | ${costs.sizes.join(" | ")} |\n|---${"|---".repeat(costs.sizes.length)}|`);
   console.log(`| verify (nodes) | ${figures(costs.verifyMs).join(" | ")} |`);
   console.log(`| draft (rows) | ${figures(costs.draftMs).join(" | ")} | | | |`);
+  if (!edge) return;
   console.log(
     "\n| through the edge | ready after s | first token of a new picture ms | stream tokens/s |\n|---|---|---|---|",
   );
@@ -176,33 +181,68 @@ function print(
     );
 }
 
-/** Plain, adaptive and the paper's tree take turns in every round, so that what else the machine does hits all alike. */
+/** The checkpoint that `--like` asks for: the model's, inflated once into the user's cache folder. */
+async function inflated(like: string, model: string, signal: AbortSignal): Promise<string> {
+  const digest = createHash("sha256")
+    .update(readFileSync(join(model, "model.safetensors")))
+    .digest("hex");
+  const cache = process.env.XDG_CACHE_HOME || join(homedir(), ".cache");
+  const folder = join(cache, "vispec", `${basename(model)}-${like}-${digest.slice(0, 8)}`);
+  if (existsSync(folder)) console.error(`${folder} is there already`);
+  else {
+    mkdirSync(dirname(folder), { recursive: true });
+    await inflateCommand(["--model", model, "--like", like, "--out", folder], signal);
+  }
+  return folder;
+}
+
+/** Engines by name, and who decodes with them: plain and adaptive share one, fixed trees draft in float32. */
+function contendersOf(options: EngineOptions, fixed: Record<string, TreeShape>): Contender[] {
+  const adaptive = new LocalEngine({ ...options, drafter: "vispec", shape: undefined });
+  return [
+    new Contender("plain", adaptive, true),
+    new Contender("ViSpec, tree by cost", adaptive),
+    ...Object.entries(fixed).map(
+      ([name, shape]) => new Contender(name, new LocalEngine({ ...options, drafter: "vispec", shape })),
+    ),
+  ];
+}
+
+/** Contenders take turns in every round, so that what else the machine does hits all alike. */
 export async function benchCommand(args: string[], signal: AbortSignal): Promise<void> {
-  const flags = parseFlags(args, [...MODEL_FLAGS, "rounds"], [], ["json", "edge"]);
+  const flags = parseFlags(args, [...MODEL_FLAGS, "rounds", "like"], [], ["json", "edge"]);
   if (flags.edge) {
     const rounds = number(flags, "rounds", { min: 1, max: 100_000 }) ?? 300;
     return benchEdge(rounds, flags.json === true, signal);
   }
-  const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? 8;
+  const like = flags.like as string | undefined;
+  const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? (like ? 3 : 8);
   const options = engineOptions(flags);
-  const contenders = [
-    new Contender("plain", { ...options, drafter: "none" }),
-    new Contender("ViSpec, tree by cost", { ...options, drafter: "vispec", shape: undefined }),
-    new Contender("ViSpec 4/2/1", { ...options, drafter: "vispec", shape: { totalToken: 4, depth: 2, topK: 1 } }),
-    new Contender("ViSpec 30/3/8", { ...options, drafter: "vispec", shape: { totalToken: 30, depth: 3, topK: 8 } }),
-  ];
+  if (like) Object.assign(options, { model: await inflated(like, options.model, signal), draft: undefined });
+  const contenders = contendersOf(
+    options,
+    like
+      ? {}
+      : {
+          "ViSpec 4/2/1": { totalToken: 4, depth: 2, topK: 1 },
+          "ViSpec 30/3/8": { totalToken: 30, depth: 3, topK: 8 },
+        },
+  );
   for (const contender of contenders) await contender.prepare();
-  for (let round = 0; round < rounds; round++) {
-    if (!flags.json) console.error(`round ${round + 1} of ${rounds}`);
-    for (const contender of contenders) await contender.round(signal);
-  }
+  for (let round = 0; round < rounds; round++)
+    for (const contender of contenders) {
+      if (!flags.json) console.error(`round ${round + 1} of ${rounds}: ${contender.name}`);
+      await contender.round(signal);
+    }
   const rows = contenders.map((contender) => contender.result);
   const costs = costTable(contenders[1].engine.costs!);
-  for (const { engine } of contenders) await engine.close();
-  const edge = {
-    plain: await throughEdge({ ...options, drafter: "none" }, rounds, signal),
-    ViSpec: await throughEdge({ ...options, drafter: "vispec", shape: undefined }, rounds, signal),
-  };
+  for (const engine of new Set(contenders.map(({ engine }) => engine))) await engine.close();
+  const edge = like
+    ? undefined
+    : {
+        plain: await throughEdge({ ...options, drafter: "none" }, rounds, signal),
+        ViSpec: await throughEdge({ ...options, drafter: "vispec", shape: undefined }, rounds, signal),
+      };
   if (flags.json) console.log(JSON.stringify({ rows, costs, edge }));
   else print(rows, costs, edge);
 }
