@@ -121,6 +121,8 @@ export class Runtime {
         // A pass takes a fraction of a millisecond: threads that spin between passes would starve the other processes.
         "session.intra_op.allow_spinning": "1",
         "session.force_spinning_stop": "1",
+        // No limit. By default what folds to more than about 1 GB, e.g. a head of 152k words, is cast in every run.
+        "optimization.constant_folding_max_output_size_in_bytes": "0",
       };
       for (const [key, value] of Object.entries(entries)) check(api.AddSessionConfigEntry(settings, key, value));
       this.#appendProvider(settings);

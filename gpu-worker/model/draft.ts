@@ -9,7 +9,15 @@ import { gemm, int8MatMul, matMul } from "../ops/matmul.ts";
 import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts";
 import { parseConfig } from "./config.ts";
 import type { FamilyConfig } from "./family.ts";
-import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
+import {
+  cachedAttention,
+  cacheInputs,
+  type DecoderLayerConfig,
+  embedding,
+  linear,
+  mlpBlock,
+  parameter,
+} from "./layers.ts";
 import { readEntries, readJson, type TensorSource, Weights } from "./weights.ts";
 
 const DraftJson = z.object({
@@ -192,8 +200,8 @@ export function draftGraph(c: DraftConfig, w: TensorSource, head: StoredTensor, 
   const fcHidden = slice(g, parameter(g, fc), 1, d, 2 * d);
   const imgHidden = slice(g, parameter(g, imgFc), 1, 0, d);
   const folded = concat(g, [slice(g, parameter(g, fc), 1, 0, d), matMul(g, fcHidden, imgHidden)], 1);
-  const table = parameter(g, w.get("embed_tokens.weight", [c.vocabulary, d]));
-  const pair = concat(g, [gather(g, table, ids), gather(g, hidden, hiddenRows)], 1);
+  const table = w.get("embed_tokens.weight", [c.vocabulary, d]);
+  const pair = concat(g, [embedding(g, table, ids), gather(g, hidden, hiddenRows)], 1);
   const kept = mul(g, pair, keep);
   const fused = options.int8
     ? add(g, int8MatMul(g, kept, transpose(g, folded, [1, 0])), rowBias)

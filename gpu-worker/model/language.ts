@@ -3,7 +3,15 @@
 import { Graph, type GraphOptions, type StoredTensor } from "../graph/graph.ts";
 import { addRmsNorm, rmsNorm } from "../ops/norm.ts";
 import { gather, gatherCacheRows, reshape, scatterRows, tensorScatter } from "../ops/shape.ts";
-import { cachedAttention, cacheInputs, type DecoderLayerConfig, linear, mlpBlock, parameter } from "./layers.ts";
+import {
+  cachedAttention,
+  cacheInputs,
+  type DecoderLayerConfig,
+  embedding,
+  linear,
+  mlpBlock,
+  parameter,
+} from "./layers.ts";
 import type { TensorSource } from "./weights.ts";
 
 export interface LanguageConfig extends DecoderLayerConfig {
@@ -38,7 +46,7 @@ export function languageGraph(c: LanguageConfig, w: TensorSource, options: Graph
   const logitRows = g.input("logit_rows", "i64", ["K"]);
   const cache = cacheInputs(g, c.headSize);
   const table = w.get(`${names.model}.embed_tokens.weight`, [c.vocabulary, c.hidden]);
-  const embedded = scatterRows(g, gather(g, parameter(g, table), ids), imageIndex, imageRows);
+  const embedded = scatterRows(g, embedding(g, table, ids), imageIndex, imageRows);
   const norm = (name: string) => parameter(g, w.get(`${name}.weight`, [c.hidden]));
 
   let residual = reshape(g, embedded, [1, -1, c.hidden], "T");

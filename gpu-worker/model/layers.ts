@@ -4,12 +4,17 @@ import { type CacheInputs, groupQueryAttention } from "../ops/attention.ts";
 import { add, cast, mul, silu } from "../ops/elementwise.ts";
 import { int8MatMul, matMul, matMulNBits } from "../ops/matmul.ts";
 import { addRmsNorm } from "../ops/norm.ts";
-import { concat, transpose } from "../ops/shape.ts";
+import { concat, gather, transpose } from "../ops/shape.ts";
 import type { TensorSource } from "./weights.ts";
 
 /** A stored tensor in the graph's own type. Casts and transpositions of weights are done once, when a session loads. */
 export function parameter(g: Graph, stored: StoredTensor): Value {
   return cast(g, g.weight(stored), g.dtype);
+}
+
+/** Rows of a stored table: cast after they are picked, so that there is no second copy of the whole. */
+export function embedding(g: Graph, table: StoredTensor, ids: Value): Value {
+  return cast(g, gather(g, g.weight(table), ids), g.dtype);
 }
 
 /** Columns of a quantized matrix that share a scale. */
