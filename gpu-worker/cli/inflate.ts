@@ -39,5 +39,5 @@ export async function inflateCommand(args: string[], signal: AbortSignal): Promi
   } finally {
     progress?.end();
   }
-  console.log(`${out} is as large as ${like} and answers as ${model} does`);
+  console.error(`${out} is as large as ${like} and answers as ${model} does`);
 }
