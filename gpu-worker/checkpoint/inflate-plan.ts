@@ -3,6 +3,7 @@ import { closeSync, openSync, readSync } from "node:fs";
 import { CheckpointError } from "../../shared/errors.ts";
 import { bytesOf, type TensorInfo } from "../model/safetensors.ts";
 import type { TensorSource } from "../model/weights.ts";
+import { toFloats } from "./convert.ts";
 
 /** For each row (or column) of a large tensor the one of the small matrix that stands there, or one of these two. */
 export type Axis = Int32Array;
@@ -73,16 +74,10 @@ function readMatrix(weights: TensorSource, name: string): Matrix {
   } finally {
     closeSync(descriptor);
   }
-  const data = toFloat32(raw, dtype);
+  if (!["f32", "f16", "bf16"].includes(dtype))
+    throw new CheckpointError(`${file}: tensor ${name} is ${dtype}: a quantized model cannot be inflated`);
+  const data = toFloats(raw, dtype.toUpperCase());
   return { rows: shape[0], columns: data.length / shape[0], data };
-}
-
-function toFloat32(raw: Uint8Array<ArrayBuffer>, dtype: string): Float32Array {
-  if (dtype === "f32") return new Float32Array(raw.buffer);
-  if (dtype === "f16") return new Float32Array(new Float16Array(raw.buffer));
-  if (dtype === "bf16")
-    return new Float32Array(new Uint32Array(new Uint16Array(raw.buffer)).map((v) => v << 16).buffer);
-  throw new CheckpointError(`a small model of ${dtype} cannot be inflated; of f32, f16 and bf16 it can`);
 }
 
 /** Numbers as the format stores them. */
