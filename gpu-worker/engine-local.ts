@@ -12,7 +12,7 @@ import { generate } from "./decode/generate.ts";
 import { Grammars } from "./decode/grammar/grammar.ts";
 import { Sampler } from "./decode/sample.ts";
 import { measureCosts } from "./engine/costs.ts";
-import { encodePicture, ImageStore } from "./engine/images.ts";
+import { encodePicture, type ImageRows, ImageStore } from "./engine/images.ts";
 import { type Device, Runtime } from "./engine/runtime.ts";
 import { Target } from "./engine/target.ts";
 import type { Engine, Step } from "./engine.ts";
@@ -96,13 +96,17 @@ export class LocalEngine implements Engine {
    */
   async warmUp(): Promise<void> {
     await decodeImage(Buffer.from(ONE_PIXEL, "base64"));
+    const { family, config } = this.model;
     const picture = { width: 301, height: 263, rgb: new Uint8Array(301 * 263 * 3) };
-    encodePicture(this.runtime, this.model, picture);
-    const image = encodePicture(this.runtime, this.model, picture);
-    const expanded = this.model.family.expandPrompt([0, this.model.config.imageToken, 0], [image]);
+    const images: ImageRows[] = [];
+    // A context may be too short for any picture.
+    if (family.imageTokens(picture, family.pixels) < config.contextLength)
+      for (let i = 0; i < 2; i++) images[0] = encodePicture(this.runtime, this.model, picture);
+    const expanded = family.expandPrompt([0, ...images.map(() => config.imageToken), 0], images);
+    const imageRows = images.map(({ rows }) => rows);
     const samplers = [new Sampler(GREEDY)];
     const options = { samplers, maxTokens: 100, stopTokens: new Set<number>(), signal: new AbortController().signal };
-    const choices = decode(this.target, this.drafter, { expanded, imageRows: [image.rows] }, options);
+    const choices = decode(this.target, this.drafter, { expanded, imageRows }, options);
     const enough = performance.now() + 300;
     for await (const cycles of choices) for await (const _cycle of cycles) if (performance.now() > enough) break;
     this.#experience = new Experience();

@@ -59,6 +59,8 @@ describe("--json", () => {
     const refused = await vispec(["generate", "--image", picture, "--prompt", question, "--context", "30"]);
     expect(refused.code).toBe(2);
     expect(refused.stderr).toContain("the model's context is 30");
+    const short = await json("--prompt", "Count from 27 to 31.", "--context", "80");
+    expect(short.text).toBe(golden("19-text").output_text);
   });
 
   test("a seed at a temperature repeats itself, and top-k 1 is greedy", async () => {

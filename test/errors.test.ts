@@ -132,13 +132,19 @@ describe("a checkpoint", () => {
     ["that is truncated in a tensor", (c) => truncate(c.file("model.safetensors"), 5_000_000), /model\.safetensors is truncated: tensor \S+ ends at byte \d+ of 5000000/], // biome-ignore format: one row
     ["that is truncated in its header", (c) => truncate(c.file("model.safetensors"), 1000), /model\.safetensors .*truncated in its header/], // biome-ignore format: one row
     ["whose weights are empty", (c) => truncate(c.file("model.safetensors"), 0), /model\.safetensors is not a safetensors file/], // biome-ignore format: one row
-    ["with a tensor of another type", (c) => c.tensors((t) => (t.get(ATTENTION)!.dtype = "I16")), new RegExp(`tensor ${ATTENTION} is I16`)], // biome-ignore format: one row
+    ["with a tensor of another type", (c) => c.tensors((t) => (t.get(ATTENTION)!.dtype = "I16")), new RegExp(`tensor ${ATTENTION} is I16, not F32, F16 or BF16`)], // biome-ignore format: one row
     ["whose tensor has no shape", (c) => c.tensors((t) => (t.get(ATTENTION)!.shape = undefined as never)), new RegExp(`model\\.safetensors: .*${ATTENTION}`)], // biome-ignore format: one row
     ["without weights", (c) => c.remove("model.safetensors"), /neither model\.safetensors nor/],
     ["without config.json", (c) => c.remove("config.json"), /config\.json is missing/],
     ["whose config.json is malformed", (c) => c.edit("config.json", "{", ""), /config\.json: .*JSON/],
     ["whose config.json is null", (c) => writeFileSync(c.file("config.json"), "null"), /config\.json: /],
     ["with a config field of a wrong type", (c) => c.edit("config.json", '"hidden_size": 192', '"hidden_size": "192"'), /config\.json: hidden_size: /], // biome-ignore format: one row
+    ["whose heads have no groups", (c) => c.edit("config.json", '"num_key_value_heads": 2', '"num_key_value_heads": 4'), /config\.json: num_key_value_heads 4 does not divide num_attention_heads 6/], // biome-ignore format: one row
+    ["whose vision heads divide nothing", (c) => c.edit("config.json", '"num_heads": 4', '"num_heads": 7'), /config\.json: vision_config: 7 heads do not divide hidden_size 160/], // biome-ignore format: one row
+    ["whose image token is no word", (c) => c.edit("config.json", '"image_token_id": 1181', '"image_token_id": 99999'), /config\.json: the image token 99999 is not in the vocabulary of 1280/], // biome-ignore format: one row
+    ["with a negative epsilon", (c) => c.edit("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": -1'), /config\.json: rms_norm_eps: /], // biome-ignore format: one row
+    ["with bytes for floats", (c) => c.tensors((t) => t.set("fc.bias", { dtype: "U8", shape: [192], bytes: new Uint8Array(192) }), "draft/model.safetensors"), /tensor fc\.bias is U8, not F32, F16 or BF16/], // biome-ignore format: one row
+    ["whose index leads elsewhere", (c) => writeFileSync(c.remove("model.safetensors").file("model.safetensors.index.json"), '{"weight_map":{"a":"../a.safetensors"}}'), /index\.json: \.\.\/a\.safetensors is no file beside it/], // biome-ignore format: one row
     ["without a vision config", (c) => c.edit("config.json", "vision_config", "vision"), /config\.json: vision_config: /], // biome-ignore format: one row
     ["with another width than its tensors", (c) => c.edit("config.json", '"intermediate_size": 512', '"intermediate_size": 500'), /tensor model\.layers\.\d+\.mlp\.\S+ is \[.*its config asks for \[/], // biome-ignore format: one row
     ["of another model_type", (c) => c.edit("config.json", '"model_type": "qwen2_5_vl"', '"model_type": "bert"'), /config\.json: model_type is bert/], // biome-ignore format: one row

@@ -1,6 +1,6 @@
 /** `vispec import`: the same files from wherever they come, whole or not at all, in the type that was asked for. */
 import { createHash } from "node:crypto";
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from "node:fs";
+import { chmodSync, constants, copyFileSync, cpSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from "node:fs"; // biome-ignore format: one line
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, onTestFinished, test, vi } from "vitest";
@@ -10,11 +10,17 @@ import { importCommand } from "../gpu-worker/cli/import.ts";
 import { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { readEntries } from "../gpu-worker/model/weights.ts";
 import { openStore } from "../gpu-worker/store/open.ts";
+import { CheckpointError } from "../shared/errors.ts";
 import { Checkpoint, readTensors, type StoredBytes, type Tensors } from "./support/checkpoint.ts";
 import { type Ended, ROOT, start, startVispec, vispec } from "./support/cli.ts";
 import { answer, type Case, families, LLAVA_MODEL, MODEL, textOf } from "./support/goldens.ts";
-import { startHub } from "./support/hub-server.ts";
+import { listen, startHub } from "./support/hub-server.ts";
 import { startS3 } from "./support/s3-server.ts";
+
+vi.mock("node:fs", async (original) => {
+  const fs = await original<typeof import("node:fs")>();
+  return { ...fs, copyFileSync: vi.fn(fs.copyFileSync) };
+});
 
 let folder: string;
 let out: string;
@@ -117,9 +123,13 @@ describe("broken off", () => {
     const args = ["import", "--model", "org/model", "--out", out];
     const killed = startVispec(args, { HF_ENDPOINT: server.url });
     await halfWay(server, join(MODEL, "model.safetensors"));
+    const second = await vispec(args, { HF_ENDPOINT: server.url });
+    const busy = `${out}.partial is being written by process ${killed.child.pid}; if that is not so, remove ${out}.partial/lock`;
+    expect(second).toMatchObject({ code: 2, stderr: `vispec: ${busy}\n` });
     killed.child.kill("SIGKILL");
     expect((await killed.gone).code).toBe(137);
     expect(readdirSync(folder)).toEqual(["out.partial"]);
+    expect(existsSync(`${out}.partial/lock`)).toBe(true); // of a process that is dead
     const { size } = statSync(`${out}.partial/checkpoint/model.safetensors.part`);
     expect(size).toBeGreaterThanOrEqual(1_000_000);
     server.cutAfter(null);
@@ -145,6 +155,7 @@ describe("broken off", () => {
     const { code, stderr } = await interrupted.gone;
     expect({ code, stderr }).toMatchObject({ code: 130, stderr: expect.stringContaining(`${out}.partial`) });
     expect(existsSync(out)).toBe(false);
+    expect(existsSync(`${out}.partial/lock`)).toBe(false);
     server.cutAfter(null);
     server.log.length = 0;
     const ended = await vispec(args, { HF_ENDPOINT: server.url });
@@ -192,6 +203,72 @@ describe("broken off", () => {
     expectSame(out, checkpoint.folder);
     expect(rangesOf(server, checkpoint.file("model-2-of-3.safetensors"))).toHaveLength(2); // its header
   });
+
+  /** Leaves the first of two shards. */
+  async function breakOff(checkpoint: Checkpoint): Promise<void> {
+    await hub(checkpoint.folder);
+    const last = checkpoint.file("model-2-of-2.safetensors");
+    const good = readFileSync(last);
+    writeFileSync(last, spoilt(good));
+    await expect(run("org/model")).rejects.toThrow("damaged");
+    writeFileSync(last, good);
+  }
+
+  test("and then without its draft, or with one for the first time, it is refused", async () => {
+    using checkpoint = new Checkpoint().shard(2);
+    await breakOff(checkpoint);
+    cpSync(checkpoint.file("draft"), join(folder, "draft"), { recursive: true });
+    rmSync(checkpoint.file("draft"), { recursive: true });
+    await hub(checkpoint.folder);
+    const refused = `${out}.partial is an unfinished import of org/model, not of org/model without a draft:`;
+    await expect(run("org/model")).rejects.toThrow(refused);
+    rmSync(`${out}.partial`, { recursive: true });
+    await breakOff(checkpoint);
+    cpSync(join(folder, "draft"), checkpoint.file("draft"), { recursive: true });
+    await hub(checkpoint.folder);
+    await expect(run("org/model")).rejects.toThrow("is an unfinished import of org/model without a draft, not of org/model:"); // biome-ignore format: one line
+  });
+
+  test.each(["", "{", "{}", "null", '{"request":"org/model","marks":{},"errors":{"a":null}}'])(
+    "with %j as its import.json it says what to remove",
+    async (text) => {
+      mkdirSync(`${out}.partial`);
+      writeFileSync(`${out}.partial/import.json`, text);
+      const error = await run(MODEL).catch((error) => error);
+      expect(error).toBeInstanceOf(CheckpointError);
+      expect(error.message).toBe(`${out}.partial/import.json is damaged: remove ${out}.partial`);
+    },
+  );
+
+  test("before anything was kept, it does not say that something was", async () => {
+    const args = ["--model", MODEL, "--out", out];
+    await expect(importCommand(args, AbortSignal.abort(new Error("enough")))).rejects.toThrow("enough");
+    expect(said).toEqual([]);
+    expectNothing();
+  });
+});
+
+test("Ctrl-C ends a listing", async () => {
+  const reason = new Error("enough");
+  const abort = new AbortController();
+  const { url, close } = await listen(() => abort.abort(reason)); // it never answers
+  onTestFinished(close);
+  vi.stubEnv("HF_ENDPOINT", url);
+  await expect(importCheckpoint({ model: "org/model" }, out, abort.signal)).rejects.toBe(reason);
+  expectNothing();
+});
+
+test("a read-only file whose blocks are shared becomes one that can be written", async () => {
+  // Few file systems can share blocks: here they are copied.
+  vi.mocked(copyFileSync).mockImplementation((from, to, mode) => {
+    if (mode !== constants.COPYFILE_FICLONE_FORCE) throw new Error("not a clone");
+    writeFileSync(to, readFileSync(from));
+    chmodSync(to, 0o444);
+  });
+  onTestFinished(() => void vi.mocked(copyFileSync).mockReset());
+  await run(MODEL);
+  expectSame(out, MODEL);
+  expect(statSync(join(out, "model.safetensors")).mode & 0o600).toBe(0o600);
 });
 
 describe("refused, with nothing left:", () => {
@@ -223,7 +300,7 @@ describe("refused, with nothing left:", () => {
     ["an offset beyond the file", (c) => header(c, SHARD, (entries) => shift(entries.at(-1)!, 1e6)), /model-2-of-2\.safetensors is truncated: tensor \S+ ends at byte \d+/], // biome-ignore format: one row
     ["offsets that overlap", (c) => header(c, SHARD, ([, second]) => shift(second, -1)), /model-2-of-2\.safetensors: tensors \S+ and \S+ overlap/], // biome-ignore format: one row
     ["a type that nobody knows", (c) => header(c, SHARD, ([first]) => (first.dtype = "F5")), /model-2-of-2\.safetensors: tensor \S+ is F5, a type that is not known/], // biome-ignore format: one row
-    ["a type that no graph reads", (c) => header(c, SHARD, ([first]) => (first.dtype = "I16")), /model-2-of-2\.safetensors: tensor \S+ is I16; F32, F16 and BF16/], // biome-ignore format: one row
+    ["a type that no graph reads", (c) => header(c, SHARD, ([first]) => (first.dtype = "I16")), /model-2-of-2\.safetensors: tensor \S+ is I16, not F32, F16 or BF16/], // biome-ignore format: one row
     ["a header that is no JSON", (c) => writeFileSync(c.file(SHARD), "\x04\0\0\0\0\0\0\0nonono"), /model-2-of-2\.safetensors: header is no JSON/], // biome-ignore format: one row
     ["a shard that is missing", (c) => c.remove(SHARD), /index\.json names model-2-of-2\.safetensors, which is missing/], // biome-ignore format: one row
     ["a tensor that is not where the index says", (c) => c.tensors((t) => t.delete([...t.keys()][0]), SHARD), /index\.json: tensor \S+ is not in model-2-of-2\.safetensors/], // biome-ignore format: one row
@@ -232,6 +309,9 @@ describe("refused, with nothing left:", () => {
     ["no weights", (c) => c.remove("model.safetensors.index.json"), /has neither model\.safetensors nor model\.safetensors\.index\.json/], // biome-ignore format: one row
     ["a tensor of another shape", (c) => c.edit("config.json", '"intermediate_size": 512', '"intermediate_size": 500'), /model-\d-of-2\.safetensors: tensor model\.layers\.0\.mlp\.\S+ is \[512,192\], its config asks for \[500,192\]/], // biome-ignore format: one row
     ["an architecture that is not supported", (c) => c.edit("config.json", "qwen2_5_vl", "bert"), /config\.json: model_type is bert/], // biome-ignore format: one row
+    ["a shard with the name of the draft", (c) => c.edit("model.safetensors.index.json", `"${SHARD}"`, '"draft"'), /index\.json: "draft" is no name of a file of weights/], // biome-ignore format: one row
+    ["a shard that leads elsewhere", (c) => c.edit("model.safetensors.index.json", `"${SHARD}"`, '".."'), /index\.json: "\.\." is no name of a file of weights/], // biome-ignore format: one row
+    ["a shard with the name of another file", (c) => c.edit("model.safetensors.index.json", `"${SHARD}"`, '"config.json"'), /index\.json: "config\.json" is no name of a file of weights/], // biome-ignore format: one row
     ["no tokenizer", (c) => c.remove("tokenizer.json"), /tokenizer\.json is missing/],
   ];
   test.each(damages)("%s", async (_what, damage, message) => {
@@ -269,7 +349,12 @@ describe("refused, with nothing left:", () => {
     await refused(["--model", MODEL, "--out", folder], /--out \S+ exists already/);
     await refused(["--model", "./nowhere", "--out", out], /nowhere: no such file or directory/);
     await refused(["--model", MODEL, "--out", join(ROOT, "package.json/out")], /package\.json\/out cannot be written/);
+    await refused(["--model", MODEL, "--out", "/proc/vispec/out"], /\/proc\/vispec\/out cannot be written: ENOENT/);
     const command = (...args: string[]) => importCommand(args, new AbortController().signal);
+    symlinkSync("nowhere", out);
+    await expect(command("--model", MODEL, "--out", out)).rejects.toThrow(`--out ${out} exists already`);
+    await expect(run(MODEL)).rejects.toThrow(`${out} exists already`);
+    rmSync(out);
     await expect(command("--model", MODEL)).rejects.toThrow("--model and --out are needed");
     await expect(command("--model", MODEL, "--out", out, "--dtype", "fp8")).rejects.toThrow("--dtype is fp8");
     expectNothing();

@@ -1,6 +1,6 @@
 /** Inflated checkpoints: as large as asked for, and their answers are the small model's. */
 import { createHash } from "node:crypto";
-import { copyFileSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs"; // biome-ignore format: one line
+import { copyFileSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs"; // biome-ignore format: one line
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
@@ -20,6 +20,7 @@ import { describe as describeCheckpoint, graphs } from "../gpu-worker/model/mode
 import { elements } from "../gpu-worker/model/safetensors.ts";
 import type { TensorSource } from "../gpu-worker/model/weights.ts";
 import { CheckpointError } from "../shared/errors.ts";
+import { Checkpoint } from "./support/checkpoint.ts";
 import { answer, type Case, families, LLAVA_MODEL, MODEL, maxDifference, promptOf, tokensOf } from "./support/goldens.ts"; // biome-ignore format: one line
 
 const TOLERANCE = 2e-3; // of logits and log-probabilities: float32's, over sums of other lengths
@@ -269,9 +270,23 @@ describe("writing", () => {
     expect(existsSync(`${out}.partial`)).toBe(false);
   });
 
+  test("what another process writes is left alone", async () => {
+    const out = join(folder, "locked");
+    mkdirSync(`${out}.partial`);
+    writeFileSync(`${out}.partial/lock`, String(process.ppid));
+    const work = writeInflation(planOf(MODEL, LITTLE), out, signal);
+    await expect(work).rejects.toThrow(`${out}.partial is being written by process ${process.ppid};`);
+    expect(readdirSync(`${out}.partial`)).toEqual(["lock"]);
+  });
+
   test("a folder that exists is left alone", async () => {
     await expect(writeInflation(planOf(MODEL, LITTLE), dirname(folder), signal)).rejects.toThrow(/exists already/);
   });
+});
+
+test("a draft without config.json, as published ones are, is inflated like one with it", () => {
+  using bare = new Checkpoint().remove("draft/config.json");
+  expect(planOf(bare.folder, SHAPES.qwen).digest).toBe(planOf(MODEL, SHAPES.qwen).digest);
 });
 
 describe("the command", () => {
@@ -283,7 +298,7 @@ describe("the command", () => {
     [[], /--like/],
   ])("refuses %j", async (args, message) => {
     const run = inflateCommand(["--model", MODEL, "--out", out(), ...args], signal);
-    await expect(run).rejects.toThrow(UsageError);
+    await expect(run).rejects.toMatchObject({ name: expect.stringMatching(/^(Usage|Checkpoint)Error$/) });
     await expect(inflateCommand(["--model", MODEL, "--out", out(), ...args], signal)).rejects.toThrow(message);
     expect(existsSync(`${out()}.partial`)).toBe(false);
   });
@@ -291,5 +306,18 @@ describe("the command", () => {
   test("refuses a folder that exists", async () => {
     const args = ["--model", MODEL, "--like", "small", "--out", folder];
     await expect(inflateCommand(args, signal)).rejects.toThrow(UsageError);
+  });
+
+  test("refuses a link that leads nowhere, and a place where nothing can be written", async () => {
+    const command = (place: string) =>
+      inflateCommand(["--model", MODEL, "--like", "small", "--out", place], signal).catch((error) => error);
+    symlinkSync("nowhere", join(folder, "dangling"));
+    expect(await command(join(folder, "dangling"))).toBeInstanceOf(UsageError);
+    writeFileSync(join(folder, "file"), "");
+    for (const place of [join(folder, "file/x"), join(folder, "file/x/y"), join(folder, "dangling/x"), "/proc/x/y"]) {
+      const error = await command(place);
+      expect(error).toBeInstanceOf(CheckpointError);
+      expect(error.message).toContain(`${place} cannot be written: `);
+    }
   });
 });

@@ -207,6 +207,13 @@ describe.each([
       expect(await refusal(work)).toBe(`${store.location}: ${JSON.stringify(key)} is not a path inside it`);
   });
 
+  test("a listing or a look that is aborted ends with the signal's reason", async () => {
+    const reason = new Error("enough");
+    const aborted = AbortSignal.abort(reason);
+    await expect(store.list("", aborted)).rejects.toBe(reason);
+    await expect(store.stat("first.txt", aborted)).rejects.toBe(reason);
+  });
+
   test("what is missing is undefined to stat, and named when it is read", async () => {
     expect(await store.stat("nothing")).toBeUndefined();
     expect(await store.stat("first.txt/under")).toBeUndefined();
@@ -235,6 +242,21 @@ describe("a directory", () => {
     const store = openSource(root);
     expect(await store.list()).toMatchObject([{ key: "model.safetensors", bytes: 7 }]);
     expect((await read(store, "model.safetensors")).toString()).toBe("content");
+  });
+
+  test("follows links to folders, but not in circles, and lets nothing that is broken fail the listing", async () => {
+    const root = join(scratch, "circles");
+    mkdirSync(join(root, "versions/1"), { recursive: true });
+    writeFileSync(join(root, "versions/1/model.safetensors"), "content");
+    symlinkSync("versions/1", join(root, "draft"));
+    symlinkSync("../..", join(root, "versions/1/up"));
+    symlinkSync(".", join(root, "self"));
+    symlinkSync("loop", join(root, "loop"));
+    symlinkSync("loop/x", join(root, "versions/through-the-loop"));
+    const store = openSource(root);
+    expect(await keysOf(store)).toEqual(["draft/model.safetensors", "versions/1/model.safetensors"]);
+    expect(await keysOf(store, "draft/")).toEqual(["draft/model.safetensors"]);
+    expect(await keysOf(store, "dra")).toEqual(["draft/model.safetensors"]);
   });
 
   test("a place that does not exist, or is no directory, is an error to list", async () => {
@@ -322,6 +344,29 @@ describe("S3", () => {
     };
     s3.answerNext(200, headers, "wrong");
     expect(await refusal(read(store, "a"))).toContain("/a: what came does not have the checksum");
+  });
+
+  test("a range that is ignored, begins elsewhere or is exceeded is an error", async () => {
+    const store = openStore(place());
+    await store.write("a", pattern(1000));
+    const whole = { etag: '"x"', "content-length": "1000" };
+    s3.answerNext(200, whole, "x".repeat(1000));
+    expect(await refusal(read(store, "a", { from: 5, to: 10 }))).toContain("/a: the server does not send the range");
+    s3.answerNext(206, { ...whole, "content-range": "bytes 0-999/1000" }, "x".repeat(1000));
+    expect(await refusal(read(store, "a", { from: 5, to: 10 }))).toContain("/a: the server does not send the range");
+    s3.answerNext(206, { ...whole, "content-range": "bytes 5-9/1000" }, "x".repeat(1000));
+    expect(await refusal(read(store, "a", { from: 5, to: 10 }))).toContain("/a: more comes than the bytes that were");
+  });
+
+  test("a listing and a look that get no answer end with the signal's reason", async () => {
+    const reason = new Error("enough");
+    let abort = new AbortController();
+    const { url, close } = await listen(() => abort.abort(reason));
+    vi.stubEnv("AWS_ENDPOINT_URL", url);
+    await expect(openSource("s3://b/x").list("", abort.signal)).rejects.toBe(reason);
+    abort = new AbortController();
+    await expect(openSource("s3://b/x").stat("a", abort.signal)).rejects.toBe(reason);
+    await close();
   });
 
   test("a busy server is asked again", async () => {
@@ -490,6 +535,16 @@ describe("the hub", () => {
     await waiting;
   });
 
+  test("a body that goes on beyond what was asked for is refused at once", async () => {
+    const store = openSource("org/model-1.5");
+    await store.list();
+    hub.answerNext(206, { "content-range": "bytes 1-1/2" }, "{}".repeat(1000));
+    expect(await refusal(read(store, "config.json", { from: 1, to: 2 }))).toContain("config.json: more comes than");
+    hub.answerNext(200, {}, "{}".repeat(1000));
+    expect(await refusal(read(store, "config.json"))).toContain("config.json: more comes than");
+    expect(hub.log).toHaveLength(3);
+  });
+
   test("the token goes to the endpoint and not to the CDN", async () => {
     useEnv({ HF_ENDPOINT: `${gated.url}/`, HUGGING_FACE_HUB_TOKEN: TOKEN });
     same(await read(openSource("org/model"), "model.safetensors"), weights);
@@ -531,6 +586,17 @@ describe("the hub", () => {
       // biome-ignore format: one line
       hub.answerNext(status, headers, "{}");
       expect(await refusal(read(store, "config.json", { from: 1 }))).toContain("does not send the range");
+    }
+    for (const location of ["file:///etc/passwd", "http://["]) {
+      hub.log.length = 0;
+      hub.answerNext(302, { location });
+      const said = await refusal(openSource("org/model-1.5").list());
+      expect(said).toBe(`org/model-1.5: ${hub.url} redirects to what is no http address`);
+      expect(hub.log).toHaveLength(1);
+    }
+    for (const size of [-5, 1.5, undefined]) {
+      hub.answerNext(200, {}, JSON.stringify({ sha: "0", siblings: [{ rfilename: "a", size }] }));
+      expect(await refusal(openSource("org/model-1.5").list())).toContain("does not answer as the hub does");
     }
     const { url, close } = await listen(() => {});
     await close();

@@ -57,7 +57,8 @@ export async function importCheckpoint(request: ImportRequest, out: string, sign
   const { target, draft } = await findSources(request, signal);
   const { dtype } = request;
   const draftDtype = bitsOf(dtype) ? undefined : dtype;
-  const words = [request.model, request.draft && `with the draft ${request.draft}`, dtype && `as ${dtype}`];
+  const drafting = draft ? request.draft && `with the draft ${request.draft}` : "without a draft";
+  const words = [request.model, drafting, dtype && `as ${dtype}`];
   const staging = new Staging(out, words.filter(Boolean).join(" "));
   try {
     return await writing(out, async () => {
@@ -85,7 +86,7 @@ export async function importCheckpoint(request: ImportRequest, out: string, sign
 async function findSources({ model, draft }: ImportRequest, signal: AbortSignal) {
   const open = async (location: string) => {
     const store = openSource(location);
-    const objects = await store.list();
+    const objects = await store.list("", signal);
     return (folder: string) => readSource(store, folder, objects, signal);
   };
   const found = (source: Source | undefined, location: string) => {

@@ -1,4 +1,5 @@
 /** Sizes of the models that `inflate` knows, out of config.json files; and the config.json of an inflated one. */
+import { CheckpointError } from "../../shared/errors.ts";
 import { PUBLISHED } from "./published.ts";
 
 export type Family = "qwen2_5_vl" | "llava_next";
@@ -68,6 +69,8 @@ function smallShape(family: Family): Shape {
  */
 export function likeShape(like: Like, tiny: Shape, layers = Number.POSITIVE_INFINITY): Shape {
   const shape = like === "small" ? smallShape(tiny.family) : shapeOf(PUBLISHED[like].config);
+  if (shape.family !== tiny.family)
+    throw new CheckpointError(`${like} is of ${shape.family}, the model to inflate of ${tiny.family}`);
   const { decoder, vision } = shape;
   const cut = Math.max(0, vision.layers - layers);
   const full = vision.full.filter((i) => i < vision.layers - cut);

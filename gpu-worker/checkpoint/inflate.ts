@@ -5,8 +5,9 @@
  */
 import { createHash } from "node:crypto";
 import { copyFileSync, existsSync, mkdirSync, readdirSync, statSync, writeFileSync } from "node:fs";
-import { dirname, join } from "node:path";
+import { join } from "node:path";
 import { CheckpointError } from "../../shared/errors.ts";
+import { draftJson } from "../model/draft.ts";
 import { describe, graphs } from "../model/model.ts";
 import { bytesOf, encodeHeader } from "../model/safetensors.ts";
 import { readJson, Weights } from "../model/weights.ts";
@@ -39,8 +40,11 @@ export const readShape = (folder: string): Shape => shapeOf(readJson(join(folder
  * of them is none, they don't fit each other, or they don't fit into `shape`.
  */
 export function planInflation(model: string, draft: string, shape: Shape, shardBytes = SHARD_BYTES): Inflation {
-  graphs(describe(model, draft)); // asks for every tensor by name and shape
-  const [tiny, draftConfig] = [readShape(model), readJson(join(draft, "config.json"))];
+  const checkpoint = describe(model, draft);
+  graphs(checkpoint); // asks for every tensor by name and shape
+  const [tiny, draftFile] = [readShape(model), join(draft, "config.json")];
+  // Published drafts may lack it.
+  const draftConfig = existsSync(draftFile) ? readJson(draftFile) : draftJson(checkpoint.draft!.config, tiny.family);
   const qwen = tiny.family === "qwen2_5_vl";
   const prefix = qwen ? "" : "language_model.";
   const target = new Plan(new Weights(model), `${prefix}lm_head.weight`);
@@ -114,7 +118,6 @@ export async function writeInflation(
   begins: (total: number, there: number) => (bytes: number) => void = () => () => {},
 ): Promise<void> {
   if (existsSync(out)) throw new CheckpointError(`${out} exists already`);
-  mkdirSync(dirname(out), { recursive: true });
   const staging = new Staging(out, `an inflated model (${plan.digest})`);
   const sum = (files: Inflation["files"]) => files.reduce((total, { bytes }) => total + bytes, 0);
   const missing = plan.files.filter(({ path, bytes }) => !isWritten(staging.path(path), bytes));

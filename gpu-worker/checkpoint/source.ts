@@ -64,9 +64,12 @@ export async function readSource(
   const map = indexed ? await readIndex(store, here.get(INDEX)!.key, index, signal) : {};
   const shards: Shard[] = [];
   for (const name of indexed ? new Set(Object.values(map)) : [SINGLE]) {
+    // Shards keep their names, which must not lead elsewhere, nor be those of other files.
+    if (!/^[^/\0]+\.safetensors$/.test(name))
+      throw new CheckpointError(`${index}: ${JSON.stringify(name)} is no name of a file of weights`);
     const listed = here.get(name);
     if (!listed) throw new CheckpointError(`${index} names ${name}, which is missing`);
-    const info = (listed.sha256 ? undefined : await store.stat(listed.key)) ?? listed;
+    const info = (listed.sha256 ? undefined : await store.stat(listed.key, signal)) ?? listed;
     shards.push({ name, info, entries: await readHeader(store, info, `${where}/${name}`, signal) });
   }
   const homes = new Map(shards.flatMap(({ name, entries }) => entries.map((entry) => [entry.name, name])));

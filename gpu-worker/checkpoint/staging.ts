@@ -3,9 +3,10 @@
  * It becomes OUT by one rename at the end.
  */
 import { createHash } from "node:crypto";
-import { constants, copyFileSync, createReadStream, existsSync, mkdirSync, readdirSync, readFileSync, renameSync, rmdirSync, rmSync, statfsSync, statSync, writeFileSync } from "node:fs"; // biome-ignore format: one line
+import { chmodSync, constants, copyFileSync, createReadStream, existsSync, lstatSync, mkdirSync, readdirSync, readFileSync, renameSync, rmdirSync, rmSync, statfsSync, statSync, writeFileSync } from "node:fs"; // biome-ignore format: one line
 import { open } from "node:fs/promises";
 import { dirname, join } from "node:path";
+import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
 import { formatBytes } from "../progress.ts";
 import { DirectoryStore } from "../store/directory.ts";
@@ -30,13 +31,82 @@ export async function writing<T>(file: string, work: () => Promise<T>): Promise<
   }
 }
 
-interface State {
+const State = z.object({
   /** What was asked for, in words: an import that goes on has to be of the same. */
-  request: string;
+  request: z.string(),
   /** What tells an object that has changed since, by the names of the shards. */
-  marks: Record<string, string>;
+  marks: z.record(z.string(), z.string()),
   /** What quantization cost the matrices that are done. */
-  errors: Record<string, Squares>;
+  errors: z.record(
+    z.string(),
+    z.custom<Squares>((value) => typeof value === "object" && value !== null),
+  ),
+});
+
+/** Those of this process. They end with it; who is killed leaves a lock that the next one takes over. */
+const locks = new Set<string>();
+process.on("exit", () => {
+  for (const lock of locks) rmSync(lock, { force: true });
+});
+
+function isAlive(pid: number): boolean {
+  try {
+    return process.kill(pid, 0);
+  } catch (error) {
+    return (error as NodeJS.ErrnoException).code !== "ESRCH";
+  }
+}
+
+/** Takes the lock of `folder`, or throws CheckpointError while another process has it. */
+function lockFolder(folder: string): void {
+  const lock = join(folder, "lock");
+  const take = () => writeFileSync(lock, String(process.pid), { flag: "wx" });
+  try {
+    take();
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== "EEXIST") throw error;
+    const pid = Number.parseInt(readFileSync(lock, "utf8"), 10);
+    // In containers, who was killed and who goes on often have the same number.
+    if (pid !== process.pid && isAlive(pid))
+      throw new CheckpointError(`${folder} is being written by process ${pid}; if that is not so, remove ${lock}`);
+    rmSync(lock);
+    take();
+  }
+  locks.add(lock);
+}
+
+/** Makes a folder and those above it. One by one: Node's recursive mkdir never returns below /proc. */
+function makeFolder(folder: string): void {
+  try {
+    mkdirSync(folder);
+  } catch (error) {
+    const { code } = error as NodeJS.ErrnoException;
+    if (code === "EEXIST") return;
+    if (code !== "ENOENT") throw error;
+    makeFolder(dirname(folder));
+    mkdirSync(folder);
+  }
+}
+
+/** Makes OUT.partial; CheckpointError where that cannot be. */
+const makePartial = (out: string) => making(out, () => makeFolder(`${out}.partial`));
+
+function making(out: string, make: () => unknown): void {
+  try {
+    make();
+  } catch (error) {
+    if (error instanceof CheckpointError) throw error;
+    throw new CheckpointError(`${out} cannot be written: ${(error as Error).message}`, { cause: error });
+  }
+}
+
+/** Whether a path is taken, be it by a link that leads nowhere. */
+export function isTaken(path: string): boolean {
+  try {
+    return lstatSync(path) !== undefined;
+  } catch {
+    return false;
+  }
 }
 
 export class Staging {
@@ -44,23 +114,28 @@ export class Staging {
   /** The checkpoint. */
   readonly folder: string;
   readonly #root: string;
-  readonly #state: State;
+  readonly #state: z.infer<typeof State>;
 
-  /** Begins, or goes on with what was broken off; CheckpointError when that was of something else. */
+  /**
+   * Begins, or goes on with what was broken off; CheckpointError when that was of something else or is damaged, or when
+   * another process is at it.
+   */
   constructor(out: string, request: string) {
     this.out = out;
     this.#root = `${out}.partial`;
+    makePartial(out);
+    making(out, () => lockFolder(this.#root));
     this.folder = join(this.#root, "checkpoint");
-    this.#state = this.begun ? JSON.parse(readFileSync(this.#json, "utf8")) : { request, marks: {}, errors: {} };
+    if (isTaken(out)) {
+      if (!this.begun) this.discard();
+      throw new CheckpointError(`${out} exists already`);
+    }
+    this.#state = this.begun ? this.#load() : { request, marks: {}, errors: {} };
     if (this.#state.request !== request)
       throw new CheckpointError(
         `${this.#root} is an unfinished import of ${this.#state.request}, not of ${request}: finish it, or remove it`,
       );
-    try {
-      mkdirSync(this.folder, { recursive: true });
-    } catch (error) {
-      throw new CheckpointError(`${out} cannot be written: ${(error as Error).message}`, { cause: error });
-    }
+    making(out, () => mkdirSync(this.folder, { recursive: true }));
   }
 
   get #json(): string {
@@ -102,8 +177,16 @@ export class Staging {
     this.#save();
   }
 
+  #load(): z.infer<typeof State> {
+    try {
+      return State.parse(JSON.parse(readFileSync(this.#json, "utf8")));
+    } catch (cause) {
+      throw new CheckpointError(`${this.#json} is damaged: remove ${this.#root}`, { cause });
+    }
+  }
+
   #save(): void {
-    writeFileSync(`${this.#json}.new`, JSON.stringify(this.#state));
+    writeFileSync(`${this.#json}.new`, JSON.stringify(this.#state), { flush: true });
     renameSync(`${this.#json}.new`, this.#json);
   }
 
@@ -119,6 +202,9 @@ export class Staging {
   discard(): void {
     rmSync(this.folder, { recursive: true, force: true });
     rmSync(this.#json, { force: true });
+    const lock = join(this.#root, "lock");
+    rmSync(lock, { force: true });
+    locks.delete(lock);
     if (readdirSync(this.#root).length === 0) rmdirSync(this.#root);
   }
 
@@ -188,7 +274,10 @@ export function localFile(store: ReadableStore, key: string): string | undefined
 function cloned(store: ReadableStore, { key }: ObjectInfo, to: string): boolean {
   const from = localFile(store, key);
   try {
-    if (from) copyFileSync(from, to, constants.COPYFILE_FICLONE_FORCE);
+    if (from) {
+      copyFileSync(from, to, constants.COPYFILE_FICLONE_FORCE);
+      chmodSync(to, 0o666 & ~process.umask()); // the copy has the mode of what may be read-only
+    }
     return from !== undefined;
   } catch {
     rmSync(to, { force: true });

@@ -1,10 +1,12 @@
 /** `vispec bench`: how fast the model answers here, plain and with drafts, in one run. Prints; asserts nothing. */
 import { createHash, randomBytes } from "node:crypto";
-import { existsSync, mkdirSync, readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { cpus, homedir } from "node:os";
-import { basename, dirname, join } from "node:path";
+import { basename, join } from "node:path";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import { type GenerateRequest, imageKey } from "../../shared/protocol.ts";
+import { planInflation, readShape } from "../checkpoint/inflate.ts";
+import { LIKE, likeShape } from "../checkpoint/inflate-shapes.ts";
 import type { Costs, TreeShape } from "../decode/drafters/plan.ts";
 import type { Finish } from "../engine.ts";
 import { type EngineOptions, LocalEngine } from "../engine-local.ts";
@@ -13,7 +15,7 @@ import { startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
 import { benchEdge } from "./bench-edge.ts";
 import { inflateCommand } from "./inflate.ts";
-import { engineOptions, MODEL_FLAGS, number, parseFlags } from "./options.ts";
+import { engineOptions, number, oneOf, parseFlags } from "./options.ts";
 
 export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--like SHAPE] [--device cpu|cuda|webgpu] [--threads N] [--context N] [--json]
   --like inflates the model to that shape first, once, into a cache folder (see vispec inflate): small is for a CPU
@@ -181,18 +183,16 @@ function print(
     );
 }
 
-/** The checkpoint that `--like` asks for: the model's, inflated once into the user's cache folder. */
-async function inflated(like: string, model: string, signal: AbortSignal): Promise<string> {
-  const digest = createHash("sha256")
-    .update(readFileSync(join(model, "model.safetensors")))
-    .digest("hex");
+/** The checkpoint that `--like` asks for: inflated once, into a folder of the user's cache named by all that goes into it. */
+async function inflated(like: string, model: string, draft: string, signal: AbortSignal): Promise<string> {
+  const shape = oneOf({ like }, "like", LIKE)!;
+  const { digest, texts, copies } = planInflation(model, draft, likeShape(shape, readShape(model)));
+  const hash = createHash("sha256").update(JSON.stringify([digest, texts]));
+  for (const { from } of copies) hash.update(readFileSync(from));
   const cache = process.env.XDG_CACHE_HOME || join(homedir(), ".cache");
-  const folder = join(cache, "vispec", `${basename(model)}-${like}-${digest.slice(0, 8)}`);
+  const folder = join(cache, "vispec", `${basename(model)}-${like}-${hash.digest("hex").slice(0, 8)}`);
   if (existsSync(folder)) console.error(`${folder} is there already`);
-  else {
-    mkdirSync(dirname(folder), { recursive: true });
-    await inflateCommand(["--model", model, "--like", like, "--out", folder], signal);
-  }
+  else await inflateCommand(["--model", model, "--draft", draft, "--like", like, "--out", folder], signal);
   return folder;
 }
 
@@ -210,7 +210,8 @@ function contendersOf(options: EngineOptions, fixed: Record<string, TreeShape>):
 
 /** Contenders take turns in every round, so that what else the machine does hits all alike. */
 export async function benchCommand(args: string[], signal: AbortSignal): Promise<void> {
-  const flags = parseFlags(args, [...MODEL_FLAGS, "rounds", "like"], [], ["json", "edge"]);
+  const values = ["model", "draft", "like", "device", "threads", "context", "rounds"];
+  const flags = parseFlags(args, values, [], ["json", "edge"]);
   if (flags.edge) {
     const rounds = number(flags, "rounds", { min: 1, max: 100_000 }) ?? 300;
     return benchEdge(rounds, flags.json === true, signal);
@@ -218,7 +219,10 @@ export async function benchCommand(args: string[], signal: AbortSignal): Promise
   const like = flags.like as string | undefined;
   const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? (like ? 3 : 8);
   const options = engineOptions(flags);
-  if (like) Object.assign(options, { model: await inflated(like, options.model, signal), draft: undefined });
+  if (like) {
+    const draft = options.draft ?? join(options.model, "draft");
+    Object.assign(options, { model: await inflated(like, options.model, draft, signal), draft: undefined });
+  }
   const contenders = contendersOf(
     options,
     like

@@ -3,6 +3,7 @@ import { existsSync } from "node:fs";
 import { resolve } from "node:path";
 import { IMPORT_DTYPES } from "../checkpoint/convert.ts";
 import { importCheckpoint } from "../checkpoint/import.ts";
+import { isTaken } from "../checkpoint/staging.ts";
 import { formatBytes } from "../progress.ts";
 import { oneOf, parseFlags, UsageError } from "./options.ts";
 
@@ -16,10 +17,11 @@ export async function importCommand(args: string[], signal: AbortSignal): Promis
   const { model, draft } = flags as Record<string, string | undefined>;
   if (!model || !flags.out) throw new UsageError("--model and --out are needed");
   const out = resolve(flags.out as string);
-  if (existsSync(out)) throw new UsageError(`--out ${out} exists already`);
+  if (isTaken(out)) throw new UsageError(`--out ${out} exists already`);
   const dtype = oneOf(flags, "dtype", IMPORT_DTYPES);
   const { bytes, error } = await importCheckpoint({ model, draft, dtype }, out, signal).catch((error) => {
-    if (signal.aborted) console.error(`what is there stays in ${out}.partial; the same command goes on with it`);
+    if (signal.aborted && existsSync(`${out}.partial`))
+      console.error(`what is there stays in ${out}.partial; the same command goes on with it`);
     throw error;
   });
   const percent = (part: number) => `${(100 * part).toFixed(3)} %`;

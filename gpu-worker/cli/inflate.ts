@@ -1,8 +1,8 @@
 /** `vispec inflate`: a checkpoint as large as a published one that answers as a small one does. */
-import { existsSync } from "node:fs";
 import { join, resolve } from "node:path";
 import { planInflation, readShape, writeInflation } from "../checkpoint/inflate.ts";
 import { LIKE, likeShape } from "../checkpoint/inflate-shapes.ts";
+import { isTaken } from "../checkpoint/staging.ts";
 import { formatBytes, Progress } from "../progress.ts";
 import { DEFAULT_MODEL, number, oneOf, parseFlags, UsageError } from "./options.ts";
 
@@ -21,15 +21,14 @@ export async function inflateCommand(args: string[], signal: AbortSignal): Promi
   const out = resolve(flags.out as string);
   const tiny = readShape(model);
   const shape = likeShape(like, tiny, layers);
-  if (shape.family !== tiny.family)
-    throw new UsageError(`--like ${like} is of ${shape.family}, --model ${model} of ${tiny.family}`);
   const least = Math.max(tiny.decoder.layers, tiny.vision.layers);
   if (layers !== undefined && layers < least)
     throw new UsageError(`--layers is ${layers}; it must be at least ${least}, what ${model} has`);
-  if (existsSync(out)) throw new UsageError(`--out ${out} exists already`);
+  if (isTaken(out)) throw new UsageError(`--out ${out} exists already`);
+  const plan = planInflation(model, draft, shape);
   let progress: Progress | undefined;
   try {
-    await writeInflation(planInflation(model, draft, shape), out, signal, (total, there) => {
+    await writeInflation(plan, out, signal, (total, there) => {
       const bytes = total - there;
       console.error(`inflate writes ${formatBytes(bytes)} (${bytes} bytes) to ${out}`);
       const shown = new Progress("inflate", total, there);

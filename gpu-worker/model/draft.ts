@@ -26,7 +26,7 @@ const DraftJson = z.object({
   intermediate_size: z.int().positive(),
   num_attention_heads: z.int().positive(),
   num_hidden_layers: z.literal(1),
-  rms_norm_eps: z.number(),
+  rms_norm_eps: z.number().positive(),
   rope_theta: z.number().default(10000),
   vocab_size: z.int().positive(),
   qkv_bias: z.boolean().optional(),

@@ -1,6 +1,6 @@
 /** Finds tensors in a checkpoint's safetensors files. Reads their headers only; the numbers never pass through here. */
 import { closeSync, existsSync, fstatSync, openSync, readFileSync, readSync } from "node:fs";
-import { join } from "node:path";
+import { basename, join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
 import type { DType } from "../engine/runtime.ts";
@@ -8,7 +8,7 @@ import type { StoredTensor } from "../graph/graph.ts";
 import { parseConfig } from "./config.ts";
 import { headerBytes, PREFIX_BYTES, parseHeader, type TensorEntry } from "./safetensors.ts";
 
-const STORED: Record<string, DType> = { F32: "f32", F16: "f16", BF16: "bf16", U8: "u8" };
+const STORED: Record<string, DType> = { F32: "f32", F16: "f16", BF16: "bf16" };
 const Index = z.object({ weight_map: z.record(z.string(), z.string()) });
 
 /** The JSON object in a file; CheckpointError names the file when it is missing, malformed or no object. */
@@ -81,8 +81,11 @@ export class Weights implements TensorSource {
     const { file } = tensor;
     if (`${tensor.shape}` !== `${shape}`)
       throw new CheckpointError(`${file}: tensor ${name} is [${tensor.shape}], its config asks for [${shape}]`);
-    const dtype = STORED[tensor.dtype];
-    if (!dtype) throw new CheckpointError(`${file}: tensor ${name} is ${tensor.dtype}; F32, F16 and BF16 can be read`);
+    // Integers of quantized matrices (layers.ts) are bytes, everything else are floats.
+    const packed = name.endsWith(".packed");
+    const dtype = packed && tensor.dtype === "U8" ? "u8" : packed ? undefined : STORED[tensor.dtype];
+    const wanted = packed ? "U8" : "F32, F16 or BF16";
+    if (!dtype) throw new CheckpointError(`${file}: tensor ${name} is ${tensor.dtype}, not ${wanted}`);
     return { ...tensor, dtype };
   }
 }
@@ -95,6 +98,8 @@ function filesOf(folder: string): { file: string; entries: TensorEntry[] }[] {
     throw new CheckpointError(`${folder} has neither model.safetensors nor model.safetensors.index.json`);
   const { weight_map: map } = parseConfig(Index, readJson(index), index);
   return [...new Set(Object.values(map))].map((shard) => {
+    if (shard !== basename(shard) || shard === "..")
+      throw new CheckpointError(`${index}: ${shard} is no file beside it`);
     const file = join(folder, shard);
     if (!existsSync(file)) throw new CheckpointError(`${index} names ${shard}, which is missing`);
     return { file, entries: readEntries(file) };

@@ -1,7 +1,8 @@
 /** A plain directory as a store. */
 import { randomBytes } from "node:crypto";
-import { mkdir, open, readdir, rename, rm, stat } from "node:fs/promises";
-import { dirname, join, relative, sep } from "node:path";
+import type { Stats } from "node:fs";
+import { mkdir, open, readdir, realpath, rename, rm, stat } from "node:fs/promises";
+import { dirname, join } from "node:path";
 import { byKey, checkKey, chunks, NO_SUCH_BYTE, type ObjectInfo, type ObjectStore, StoreError } from "./store.ts";
 
 const CHUNK = 1 << 20;
@@ -10,6 +11,8 @@ const TEMPORARY = /^\.vispec-[0-9a-f]{16}\.tmp$/;
 
 const codeOf = (error: unknown) => (error as NodeJS.ErrnoException).code ?? "";
 
+const infoOf = (key: string, { size, mtimeMs }: Stats) => ({ key, bytes: size, version: `${mtimeMs}-${size}` });
+
 export class DirectoryStore implements ObjectStore {
   readonly location: string;
 
@@ -17,26 +20,37 @@ export class DirectoryStore implements ObjectStore {
     this.location = location;
   }
 
-  async list(prefix = ""): Promise<ObjectInfo[]> {
-    const entries = await this.#io("", readdir(this.location, { recursive: true, withFileTypes: true }));
+  async list(prefix = "", signal?: AbortSignal): Promise<ObjectInfo[]> {
     const infos: ObjectInfo[] = [];
-    for (const entry of entries) {
-      if (entry.isDirectory() || TEMPORARY.test(entry.name)) continue;
-      const key = relative(this.location, join(entry.parentPath, entry.name)).replaceAll(sep, "/");
-      const info = key.startsWith(prefix) ? await this.stat(key) : undefined;
-      if (info) infos.push(info);
-    }
+    /** `above` are the real paths of the folders on the way: a link to one of them goes in circles. */
+    const walk = async (names: string[], folder: string, above: string[]): Promise<void> => {
+      for (const name of names) {
+        signal?.throwIfAborted();
+        const key = folder + name;
+        const path = join(this.location, key);
+        // What cannot be looked at is no object; if it is one that is needed, it will be missed.
+        const stats = await stat(path).catch(() => undefined);
+        if (stats?.isDirectory() && (`${key}/`.startsWith(prefix) || prefix.startsWith(`${key}/`))) {
+          const real = await realpath(path).catch(() => "");
+          if (!above.includes(real)) await walk(await readdir(path).catch(() => []), `${key}/`, [...above, real]);
+        } else if (stats?.isFile() && key.startsWith(prefix) && !TEMPORARY.test(name)) infos.push(infoOf(key, stats));
+      }
+    };
+    signal?.throwIfAborted();
+    const names = await this.#io("", readdir(this.location));
+    await walk(names, "", [await this.#io("", realpath(this.location))]);
     return infos.sort(byKey);
   }
 
-  async stat(key: string): Promise<ObjectInfo | undefined> {
+  async stat(key: string, signal?: AbortSignal): Promise<ObjectInfo | undefined> {
+    signal?.throwIfAborted();
     const info = await this.#io(
       key,
       stat(this.#path(key)).catch((error) => {
         if (codeOf(error) !== "ENOENT" && codeOf(error) !== "ENOTDIR") throw error;
       }),
     );
-    return info?.isFile() ? { key, bytes: info.size, version: `${info.mtimeMs}-${info.size}` } : undefined;
+    return info?.isFile() ? infoOf(key, info) : undefined;
   }
 
   async *read(key: string, { from = 0, to }: { from?: number; to?: number } = {}, signal?: AbortSignal) {

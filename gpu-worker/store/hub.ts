@@ -16,7 +16,7 @@ const Revision = z.object({
   siblings: z.array(
     z.object({
       rfilename: z.string(),
-      size: z.number(),
+      size: z.number().int().nonnegative(),
       blobId: z.string().optional(),
       lfs: z.object({ sha256: z.string() }).nullish(),
     }),
@@ -58,17 +58,17 @@ export class HubStore implements ReadableStore {
     this.#token = process.env.HF_TOKEN || process.env.HUGGING_FACE_HUB_TOKEN || undefined;
   }
 
-  async list(prefix = ""): Promise<ObjectInfo[]> {
-    const { files } = await this.#pinned();
+  async list(prefix = "", signal?: AbortSignal): Promise<ObjectInfo[]> {
+    const { files } = await this.#pinned(signal);
     return [...files.values()].filter(({ key }) => key.startsWith(prefix)).sort(byKey);
   }
 
-  async stat(key: string): Promise<ObjectInfo | undefined> {
-    return (await this.#pinned()).files.get(key);
+  async stat(key: string, signal?: AbortSignal): Promise<ObjectInfo | undefined> {
+    return (await this.#pinned(signal)).files.get(key);
   }
 
   async *read(key: string, range: { from?: number; to?: number } = {}, signal?: AbortSignal) {
-    const { sha, files } = await this.#pinned();
+    const { sha, files } = await this.#pinned(signal);
     const file = files.get(key);
     const name = `${this.location}: ${key}`;
     if (!file) throw new StoreError(`${name}: there is no such file`);
@@ -87,22 +87,23 @@ export class HubStore implements ReadableStore {
   }
 
   /** The revision's commit and its files, asked for once; again after a failure. */
-  #pinned(): Promise<Commit> {
-    this.#commit ??= this.#pin().catch((error) => {
+  async #pinned(signal?: AbortSignal): Promise<Commit> {
+    signal?.throwIfAborted();
+    this.#commit ??= this.#pin(signal).catch((error) => {
       this.#commit = undefined;
       throw error;
     });
     return this.#commit;
   }
 
-  async #pin(): Promise<Commit> {
+  async #pin(signal?: AbortSignal): Promise<Commit> {
     const name = `${this.location}: revision ${this.#revision}`;
     const path = `/api/models/${this.#id}/revision/${encodeURIComponent(this.#revision)}?blobs=true`;
     const open = async (): Promise<Opened> => {
-      const answer = new Uint8Array(await (await this.#get(name, path)).arrayBuffer());
+      const answer = new Uint8Array(await (await this.#get(name, path, undefined, signal)).arrayBuffer());
       return { body: chunks(answer), size: answer.length };
     };
-    const answer = Buffer.concat(await Array.fromAsync(resume(name, {}, open)));
+    const answer = Buffer.concat(await Array.fromAsync(resume(name, {}, open, signal)));
     try {
       const { sha, siblings } = Revision.parse(JSON.parse(answer.toString()));
       const files = siblings.map(({ rfilename: key, size: bytes, blobId, lfs }): [string, ObjectInfo] => [
@@ -137,7 +138,10 @@ export class HubStore implements ReadableStore {
       const to = response.headers.get("location");
       if (response.status < 300 || response.status > 399 || !to) return response;
       await response.body?.cancel();
-      url = new URL(to, url);
+      const next = URL.parse(to, url.href);
+      if (!next || !/^https?:$/.test(next.protocol))
+        throw new StoreError(`${this.location}: ${url.origin} redirects to what is no http address`);
+      url = next;
     }
     throw new StoreError(`${this.location}: ${first.origin} redirects in circles`);
   }

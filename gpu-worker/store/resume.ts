@@ -47,6 +47,7 @@ export async function* resume(
       to ??= size;
       for await (const chunk of body) {
         if (to > size) throw new StoreError(`${name} has ${size} bytes, not the ${to} that were asked for`);
+        if (at + chunk.length > to) throw new StoreError(`${name}: more comes than the bytes that were asked for`);
         at += chunk.length;
         failures = 0;
         yield chunk;

@@ -61,12 +61,14 @@ export class S3Store implements ObjectStore {
     this.#prefix = prefix === "" ? "" : `${prefix}/`;
   }
 
-  async list(prefix = ""): Promise<ObjectInfo[]> {
+  async list(prefix = "", signal?: AbortSignal): Promise<ObjectInfo[]> {
     const s3 = await this.#s3();
     const query = { Bucket: this.#bucket, Prefix: this.#prefix + prefix };
     const infos: ObjectInfo[] = [];
     for (let token: string | undefined; ; ) {
-      const page = await s3.listObjectsV2({ ...query, ContinuationToken: token }).catch(this.#rethrow(prefix));
+      signal?.throwIfAborted();
+      const request = s3.listObjectsV2({ ...query, ContinuationToken: token }, { abortSignal: signal });
+      const page = await request.catch(this.#rethrow(prefix, signal));
       for (const { Key = "", Size = 0, ETag } of page.Contents ?? []) {
         const key = Key.slice(this.#prefix.length);
         // Consoles make empty objects for "folders".
@@ -77,11 +79,13 @@ export class S3Store implements ObjectStore {
     }
   }
 
-  async stat(key: string): Promise<ObjectInfo | undefined> {
+  async stat(key: string, signal?: AbortSignal): Promise<ObjectInfo | undefined> {
     const object = this.#object(key);
     const s3 = await this.#s3();
-    const head = await s3.headObject({ ...object, ChecksumMode: "ENABLED" }).catch((error) => {
-      if (error.$metadata?.httpStatusCode !== 404) this.#rethrow(key)(error);
+    signal?.throwIfAborted();
+    const request = s3.headObject({ ...object, ChecksumMode: "ENABLED" }, { abortSignal: signal });
+    const head = await request.catch((error) => {
+      if (error.$metadata?.httpStatusCode !== 404) this.#rethrow(key, signal)(error);
     });
     if (!head) return undefined;
     const info = { key, bytes: head.ContentLength ?? 0, version: head.ETag };
@@ -99,6 +103,10 @@ export class S3Store implements ObjectStore {
       const Range = from > 0 || to !== undefined ? `bytes=${from}-${to === undefined ? "" : to - 1}` : undefined;
       const request = s3.getObject({ ...object, Range, IfMatch: version }, { abortSignal: signal });
       const answer = await request.catch(this.#rethrow(key));
+      if (Range && !answer.ContentRange?.startsWith(`bytes ${from}-`)) {
+        (answer.Body as Readable).destroy();
+        throw new StoreError(`${this.#name(key)}: the server does not send the range that it was asked for`);
+      }
       version ??= answer.ETag;
       const size = Number(answer.ContentRange?.split("/")[1] ?? answer.ContentLength);
       return { body: this.#checked(key, answer.Body as Readable), size };
@@ -155,7 +163,8 @@ export class S3Store implements ObjectStore {
   }
 
   /** Without the SDK's error as the cause: that one holds the request. */
-  #rethrow = (key: string) => (error: SdkError) => {
+  #rethrow = (key: string, signal?: AbortSignal) => (error: SdkError) => {
+    signal?.throwIfAborted();
     throw new StoreError(`${this.#name(key)}: ${explain(error)}`);
   };
 }

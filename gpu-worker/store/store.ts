@@ -20,15 +20,15 @@ export interface ReadableStore {
   readonly location: string;
   /**
    * All objects whose key begins with `prefix`, sorted by key. A place that does not exist is a StoreError; S3 knows
-   * buckets only, so that nothing under a prefix is an empty list.
+   * buckets only, so that nothing under a prefix is an empty list. Aborted, it rejects with the signal's reason.
    */
-  list(prefix?: string): Promise<ObjectInfo[]>;
+  list(prefix?: string, signal?: AbortSignal): Promise<ObjectInfo[]>;
   /** undefined when there is no such object. */
-  stat(key: string): Promise<ObjectInfo | undefined>;
+  stat(key: string, signal?: AbortSignal): Promise<ObjectInfo | undefined>;
   /**
    * Bytes from … to-1 of an object, in chunks; `to` defaults to its end. Failures that may pass are tried again, from the
    * byte where they came. StoreError when there is no such object, when it has no byte `from` (but an empty object can be
-   * read whole), when it ends before `to`, or when it changes meanwhile; the signal's reason when it is aborted. With
+   * read whole), when it ends before `to`, when more than that comes, or when it changes meanwhile; the signal's reason when it is aborted. With
    * to <= from nothing is asked and nothing comes.
    */
   read(key: string, range?: { from?: number; to?: number }, signal?: AbortSignal): AsyncIterable<Uint8Array>;

@@ -3,7 +3,7 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../../shared/errors.ts";
-import { parseConfig } from "../config.ts";
+import { checkSizes, parseConfig } from "../config.ts";
 import type { FamilyConfig } from "../family.ts";
 import { readJson, type TensorSource } from "../weights.ts";
 
@@ -18,7 +18,7 @@ const TextJson = z.object({
   num_attention_heads: size(32),
   num_key_value_heads: z.int().positive().nullish(),
   hidden_act: z.literal("silu").default("silu"),
-  rms_norm_eps: z.number().default(1e-6),
+  rms_norm_eps: z.number().positive().default(1e-6),
   rope_theta: z.number().default(10000),
   // Newer files have both in rope_parameters.
   rope_scaling: z.null("scaled rotary positions are not supported").optional(),
@@ -40,7 +40,7 @@ const VisionJson = z.object({
   image_size: size(224),
   patch_size: size(32),
   hidden_act: z.literal("quick_gelu").default("quick_gelu"),
-  layer_norm_eps: z.number().default(1e-5),
+  layer_norm_eps: z.number().positive().default(1e-5),
 });
 
 const TopJson = z.object({
@@ -90,7 +90,7 @@ export function loadLlavaConfig(folder: string, weights: TensorSource): LlavaCon
   if (layers < 1 || layers > v.num_hidden_layers)
     throw new CheckpointError(`${file}: vision_feature_layer is ${layer}, of ${v.num_hidden_layers} layers`);
   const newer = weights.has("model.language_model.embed_tokens.weight");
-  return {
+  const config: LlavaConfig = {
     language: {
       hidden: text.hidden_size,
       inner: text.intermediate_size,
@@ -116,6 +116,7 @@ export function loadLlavaConfig(folder: string, weights: TensorSource): LlavaCon
     imageToken,
     eosTokens: new Set([generationEos(folder) ?? text.eos_token_id].flat()),
   };
+  return checkSizes(config, file);
 }
 
 function generationEos(folder: string): number | number[] | undefined {

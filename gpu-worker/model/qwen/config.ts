@@ -2,7 +2,7 @@
 import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../../shared/errors.ts";
-import { parseConfig } from "../config.ts";
+import { checkSizes, parseConfig } from "../config.ts";
 import type { FamilyConfig } from "../family.ts";
 import { readJson } from "../weights.ts";
 
@@ -27,7 +27,7 @@ const TextJson = z.object({
   num_attention_heads: z.int().positive(),
   num_key_value_heads: z.int().positive(),
   num_hidden_layers: z.int().positive(),
-  rms_norm_eps: z.number(),
+  rms_norm_eps: z.number().positive(),
   rope_theta: z.number(),
   vocab_size: z.int().positive(),
   max_position_embeddings: z.int().positive(),
@@ -76,7 +76,7 @@ export function loadQwenConfig(folder: string): QwenConfig {
   const headSize = text.hidden_size / text.num_attention_heads;
   if (text.rope_scaling.mrope_section.reduce((a, b) => a + b) !== headSize / 2)
     throw new CheckpointError(`${file}: rope_scaling.mrope_section does not add up to half the head size ${headSize}`);
-  return {
+  const config: QwenConfig = {
     language: {
       hidden: text.hidden_size,
       inner: text.intermediate_size,
@@ -108,4 +108,5 @@ export function loadQwenConfig(folder: string): QwenConfig {
     imageToken: top.image_token_id,
     eosTokens: new Set([eos].flat()),
   };
+  return checkSizes(config, file);
 }
