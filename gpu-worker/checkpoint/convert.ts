@@ -121,7 +121,7 @@ export function toFloats({ buffer }: Uint8Array<ArrayBuffer>, dtype: string): Fl
 }
 
 /** Float32 in the tensor's type, rounded to nearest, ties to even; CheckpointError for a finite number beyond it. */
-export function fromFloats(values: Float32Array, { name, dtype }: TensorInfo, file: string): Uint8Array {
+function fromFloats(values: Float32Array, { name, dtype }: TensorInfo, file: string): Uint8Array {
   if (dtype === "F32") return new Uint8Array(values.buffer);
   const halves = dtype === "F16" ? new Uint16Array(new Float16Array(values).buffer) : roundToBf16(values);
   const infinity = dtype === "F16" ? 0x7c00 : 0x7f80;

@@ -1,14 +1,12 @@
 /** A checkpoint in a store: which of its objects make it up, and its tensors by name. Reads the shards' headers only. */
-import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
 import { parseConfig } from "../model/config.ts";
 import { headerBytes, PREFIX_BYTES, parseHeader, type TensorEntry } from "../model/safetensors.ts";
-import { type TensorSource, Weights } from "../model/weights.ts";
+import { Index, type TensorSource, Weights } from "../model/weights.ts";
 import type { ObjectInfo, ReadableStore } from "../store/store.ts";
 
 export const INDEX = "model.safetensors.index.json";
 const SINGLE = "model.safetensors";
-const Index = z.object({ weight_map: z.record(z.string(), z.string()) });
 
 /** Files beside the weights that say how a checkpoint is used, and under which terms. */
 const SMALL = [
@@ -36,7 +34,7 @@ export interface Source {
 }
 
 /** The whole of a small object. */
-export async function readAll(store: ReadableStore, key: string, signal: AbortSignal): Promise<Buffer> {
+async function readAll(store: ReadableStore, key: string, signal: AbortSignal): Promise<Buffer> {
   const chunks: Uint8Array[] = [];
   for await (const chunk of store.read(key, {}, signal)) chunks.push(chunk);
   return Buffer.concat(chunks);

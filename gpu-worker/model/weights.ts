@@ -9,7 +9,8 @@ import { parseConfig } from "./config.ts";
 import { headerBytes, PREFIX_BYTES, parseHeader, type TensorEntry } from "./safetensors.ts";
 
 const STORED: Record<string, DType> = { F32: "f32", F16: "f16", BF16: "bf16" };
-const Index = z.object({ weight_map: z.record(z.string(), z.string()) });
+/** model.safetensors.index.json. */
+export const Index = z.object({ weight_map: z.record(z.string(), z.string()) });
 
 /** The JSON object in a file; CheckpointError names the file when it is missing, malformed or no object. */
 export function readJson(file: string): object {
