@@ -4,20 +4,23 @@ import { join } from "node:path";
 import { ApiError, CheckpointError } from "../shared/errors.ts";
 import type { GenerateRequest, ModelInfo, PixelLimits, Sampling } from "../shared/protocol.ts";
 import { Tokenizer } from "../shared/tokenizer.ts";
+import type { Float } from "./cuda/elementwise.ts";
 import { decode } from "./decode/decode.ts";
 import { type Drafter, noDrafter } from "./decode/drafters/drafter.ts";
-import { AdaptivePlan, type Costs, Experience, fixedPlan, type Plan, type TreeShape } from "./decode/drafters/plan.ts";
+import { AdaptivePlan, type Costs, Experience, fixedPlan, type TreeShape } from "./decode/drafters/plan.ts";
 import { vispecDrafter } from "./decode/drafters/vispec.ts";
 import { generate } from "./decode/generate.ts";
 import { Grammars } from "./decode/grammar/grammar.ts";
 import { Sampler } from "./decode/sample.ts";
+import type { TargetModel } from "./decode/target.ts";
 import { measureCosts } from "./engine/costs.ts";
-import { encodePicture, type ImageRows, ImageStore } from "./engine/images.ts";
+import { encodePicture, type ImageRows, ImageStore, type Seeing } from "./engine/images.ts";
 import { type Device, Runtime } from "./engine/runtime.ts";
 import { Target } from "./engine/target.ts";
 import type { Engine, Step } from "./engine.ts";
+import { onCuda } from "./engine-cuda.ts";
 import { decodeImage } from "./input/decode.ts";
-import { loadModel, type Model } from "./model/model.ts";
+import { loadModel, type Model, type ModelFiles } from "./model/model.ts";
 
 export interface EngineOptions {
   /** Folder of the target's checkpoint. */
@@ -32,6 +35,10 @@ export interface EngineOptions {
   threads?: number;
   /** Prompt and answer together have at most so many tokens; by default, and at most, what the model was made for. */
   context?: number;
+  /** What is computed in on CUDA; by default what the checkpoint is stored in. The CPU computes in f32. */
+  dtype?: Float;
+  /** Tokens that the draft can propose on CUDA, the most frequent ones; 0: all. By default 32,768 of larger vocabularies. */
+  draftVocabulary?: number;
 }
 
 /** A PNG of one pixel: the decoder, too, is slow the first time. */
@@ -42,37 +49,68 @@ const GREEDY: Sampling = {
   ...{ repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] },
 };
 
+/** What is made anew for every kind of device. */
+export interface Parts {
+  model: ModelFiles & Seeing;
+  target: TargetModel;
+  drafter: Drafter;
+  plain: Drafter;
+  /** What passes cost, where trees are chosen by it. */
+  costs?: Costs;
+  /** Forgets what was learned of how drafts fare. */
+  forget(): void;
+  close(): void;
+}
+
+function onHost(runtime: Runtime, options: EngineOptions, draft: string | undefined): Parts {
+  const { shape, context } = options;
+  const model = loadModel(runtime, options.model, {
+    draft,
+    int8Draft: shape === undefined && runtime.unified,
+    context,
+  });
+  const target = new Target(runtime, model);
+  const costs = draft === undefined || shape ? undefined : measureCosts(runtime, model, target);
+  let experience = new Experience();
+  const planner = () => (costs ? new AdaptivePlan(costs, experience) : fixedPlan(shape!));
+  const drafter = draft === undefined ? noDrafter : vispecDrafter(runtime, model, planner);
+  const { language, mover, vision } = model;
+  const sessions = [language, mover, vision, model.draft?.layer, model.draft?.bias, model.draft?.adaptor];
+  return {
+    ...{ model, target, drafter: drafter as Drafter, plain: noDrafter, costs },
+    forget: () => {
+      experience = new Experience();
+    },
+    close: () => {
+      target[Symbol.dispose]();
+      for (const session of sessions) session?.[Symbol.dispose]();
+    },
+  };
+}
+
 export class LocalEngine implements Engine {
   readonly info: ModelInfo;
   readonly ready = true;
   readonly restarts = 0;
   readonly runtime: Runtime;
-  readonly model: Model;
-  readonly target: Target;
-  readonly drafter: Drafter;
   readonly tokenizer: Tokenizer;
   readonly grammars: Grammars;
-  /** What passes cost here, where trees are chosen by it. */
-  costs: Costs | undefined;
+  readonly #parts: Parts;
   readonly #images: ImageStore;
-  #experience = new Experience();
 
   /** Loads the checkpoint; CheckpointError says what does not fit. */
   constructor(options: EngineOptions) {
-    const { shape } = options;
     if (!existsSync(options.model)) throw new CheckpointError(`${options.model} is no folder`);
     const beside = join(options.model, "draft");
     const draft = options.drafter === "none" ? undefined : (options.draft ?? (existsSync(beside) ? beside : undefined));
     if (options.drafter === "vispec" && draft === undefined)
       throw new CheckpointError(`${beside} is missing: no draft`);
     this.runtime = new Runtime(options);
-    const int8Draft = shape === undefined && this.runtime.unified;
-    this.model = loadModel(this.runtime, options.model, { draft, int8Draft, context: options.context });
-    this.target = new Target(this.runtime, this.model);
-    this.drafter = draft === undefined ? noDrafter : vispecDrafter(this.runtime, this.model, this.#planner(shape));
-    this.tokenizer = new Tokenizer(this.model.tokenizer, this.model.tokenizerConfig);
-    this.#images = new ImageStore(this.runtime, this.model);
-    const { id, created, fingerprint, config, family, tokenizer, tokenizerConfig } = this.model;
+    this.#parts = (this.runtime.cuda ? onCuda : onHost)(this.runtime, options, draft);
+    const { model } = this.#parts;
+    this.tokenizer = new Tokenizer(model.tokenizer, model.tokenizerConfig);
+    this.#images = new ImageStore(this.runtime, model);
+    const { id, created, fingerprint, config, family, tokenizer, tokenizerConfig } = model;
     const { contextLength, eosTokens } = config;
     const { vocabulary } = config.language;
     this.grammars = new Grammars(tokenizer, vocabulary, eosTokens);
@@ -83,11 +121,25 @@ export class LocalEngine implements Engine {
     this.info = { id, created, fingerprint, contextLength, vocabulary, imageToken, pixels, drafts, ...files };
   }
 
-  #planner(shape: TreeShape | undefined): () => Plan {
-    if (shape) return () => fixedPlan(shape);
-    const costs = measureCosts(this.runtime, this.model, this.target);
-    this.costs = costs;
-    return () => new AdaptivePlan(costs, this.#experience);
+  /** The parts of the CPU's and WebGPU's engine; on CUDA they are others, with the same of what answering takes. */
+  get model(): Model {
+    return this.#parts.model as Model;
+  }
+  get target(): Target {
+    return this.#parts.target as Target;
+  }
+  get drafter(): Drafter {
+    return this.#parts.drafter;
+  }
+  get plain(): Drafter {
+    return this.#parts.plain;
+  }
+  /** What it is made of, whatever the device. */
+  get parts(): Parts {
+    return this.#parts;
+  }
+  get costs(): Costs | undefined {
+    return this.#parts.costs;
   }
 
   /**
@@ -109,7 +161,7 @@ export class LocalEngine implements Engine {
     const choices = decode(this.target, this.drafter, { expanded, imageRows }, options);
     const enough = performance.now() + 300;
     for await (const cycles of choices) for await (const _cycle of cycles) if (performance.now() > enough) break;
-    this.#experience = new Experience();
+    this.#parts.forget();
   }
 
   async missingImages(keys: string[]): Promise<string[]> {
@@ -132,9 +184,6 @@ export class LocalEngine implements Engine {
 
   async close(): Promise<void> {
     this.grammars[Symbol.dispose]();
-    this.target[Symbol.dispose]();
-    const { language, mover, vision, draft } = this.model;
-    for (const session of [language, mover, vision, draft?.layer, draft?.bias, draft?.adaptor])
-      session?.[Symbol.dispose]();
+    this.#parts.close();
   }
 }

@@ -1,6 +1,7 @@
 /** The command line: picks the command, and turns signals, errors and exit codes into each other. */
 import { CheckpointError, toApiError } from "../shared/errors.ts";
 import { BENCH_HELP, benchCommand } from "./cli/bench.ts";
+import { CUDA_HELP, cudaCommand } from "./cli/cuda.ts";
 import { GENERATE_HELP, generateCommand } from "./cli/generate.ts";
 import { IMPORT_HELP, importCommand } from "./cli/import.ts";
 import { INFLATE_HELP, inflateCommand } from "./cli/inflate.ts";
@@ -17,9 +18,10 @@ const commands: Record<string, (args: string[], signals: EndSignals) => Promise<
   import: (args, signals) => importCommand(args, either(signals)),
   inflate: (args, signals) => inflateCommand(args, either(signals)),
   bench: (args, signals) => benchCommand(args, either(signals)),
+  cuda: (args, signals) => cudaCommand(args, either(signals)),
 };
 
-const HELP = `${[GENERATE_HELP, SERVE_HELP, IMPORT_HELP, INFLATE_HELP, BENCH_HELP].join("\n\n")}\n`;
+const HELP = `${[GENERATE_HELP, SERVE_HELP, IMPORT_HELP, INFLATE_HELP, BENCH_HELP, CUDA_HELP].join("\n\n")}\n`;
 
 /** npm and node24.mjs pass SIGTERM on, so that one sent to the whole process group comes up to three times. */
 const ONE_SIGTERM = 1000;

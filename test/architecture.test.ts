@@ -60,7 +60,12 @@ const rules: Rule[] = [
     to: /^gpu-worker\/(model|ops|graph|input)\//,
     types: true,
   },
-  { from: /^(?!gpu-worker\/engine\/(runtime|ort-api)\.ts$)/, to: /^koffi$/, types: true },
+  {
+    from: /^(?!gpu-worker\/(engine\/(runtime|ort-api|custom-op)|cuda\/(driver|libcuda|nvrtc))\.ts$)/,
+    to: /^koffi$/,
+    types: true,
+  },
+  { from: /^gpu-worker\/cuda\//, to: INSIDE, but: /^gpu-worker\/cuda\//, types: true },
   // The server knows the engine by its interface; what it is made of knows neither.
   { from: /^gpu-worker\/service\//, to: /^gpu-worker\/((cli|engine|decode)\/|(engine-|start|main).*\.ts$)/ },
   { from: /^gpu-worker\/service\/(?!server\.ts)/, to: /^gpu-worker\/service\/server\.ts$/ },

@@ -124,7 +124,7 @@ describe.each(families)("$name", ({ model, goldens, cases }) => {
       const moved = openEngine({ model, shape: { totalToken: 16, depth: 4, topK: 4 } });
       try {
         const { language } = moved.model.config;
-        const graph = moveGraph(language, { dtype: "f32", fusedRotary: true, int8: false });
+        const graph = moveGraph(language, { dtype: "f32", attention: "fused", int8: false });
         moved.model.mover = moved.runtime.session(encodeOnnx(graph));
         moved.target[Symbol.dispose](); // sequences made before know no mover
         for (const golden of cases.slice(0, 6)) {

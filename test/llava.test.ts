@@ -50,7 +50,7 @@ afterAll(() => engine.close());
 
 /** The tower's rows of a picture before and after the projector, in the order of the tiles. */
 function towerOf({ runtime, model }: LocalEngine, picture: Picture) {
-  const graph = model.family.visionGraph(new Weights(model.folder), { dtype: "f32", fusedRotary: true, int8: false });
+  const graph = model.family.visionGraph(new Weights(model.folder), { dtype: "f32", attention: "fused", int8: false });
   graph.output("before", graph.nodes.findLast(({ op }) => op === "Slice")!.outputs[0]); // what cuts the class token off
   const { pixels } = model.family.visionPass(picture, model.family.pixels).inputs;
   const [tiles, patches, width] = [pixels.dims[0], 64, model.config.language.hidden];

@@ -4,6 +4,7 @@ import { decode } from "../gpu-worker/decode/decode.ts";
 import { noDrafter } from "../gpu-worker/decode/drafters/drafter.ts";
 import type { TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { adjust, distribution, Sampler, seedOf, uniforms } from "../gpu-worker/decode/sample.ts";
+import type { Scores } from "../gpu-worker/decode/target.ts";
 import { rootOnly, type Tree } from "../gpu-worker/decode/tree.ts";
 import { type Path, verify } from "../gpu-worker/decode/verify.ts";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
@@ -141,6 +142,11 @@ function draft(past: readonly number[], widths: number[]): Tree {
   return tree;
 }
 
+/** Logits [n,V] as a target gives them. */
+const scoresOf = (logits: Float32Array, vocabulary = VOCABULARY): Scores => {
+  return { row: (node) => logits.subarray(node * vocabulary, (node + 1) * vocabulary) };
+};
+
 type Judge = (...parameters: Parameters<typeof verify>) => Path | Promise<Path>;
 /** The logits of a tree's node: `path` is the text up to it, `text` that up to the root. */
 type Logits = (path: number[], text: number[]) => Float32Array;
@@ -157,7 +163,7 @@ async function sampleText(sampler: Sampler, widths: number[], judge: Judge, targ
       logits.set(target(paths[node], text), node * VOCABULARY);
     }
     const given = text.length;
-    const path = await judge(tree, logits, VOCABULARY, sampler, (token, i) => isLast(token, given + i + 1));
+    const path = await judge(tree, scoresOf(logits), sampler, (token, i) => isLast(token, given + i + 1));
     text.push(...path.tokens);
   }
   return text;
@@ -233,17 +239,17 @@ describe("sampling through a tree", () => {
   const biased: [string, Judge][] = [
     [
       "accepts its first child whatever the target says",
-      (tree, logits, vocabulary, sampler, last) => {
+      (tree, scores, sampler, last) => {
         const child = tree.parents.indexOf(0);
-        if (child < 0) return verify(tree, logits, vocabulary, sampler, last);
+        if (child < 0) return verify(tree, scores, sampler, last);
         return { nodes: [0], tokens: [tree.tokens[child]] };
       },
     ],
     [
       "draws anew, the rejected child among the choices",
-      async (tree, logits, vocabulary, sampler) => {
+      async (tree, scores, sampler) => {
         const child = tree.parents.indexOf(0);
-        const row = logits.subarray(0, vocabulary);
+        const row = scores.row(0);
         const tokens = [await sampler.next(row)];
         if (child >= 0 && tokens[0] !== tree.tokens[child]) tokens[0] = await sampler.next(row);
         return { nodes: [0], tokens };
@@ -251,12 +257,9 @@ describe("sampling through a tree", () => {
     ],
     [
       "takes a node's logits for its parent's",
-      (tree, logits, vocabulary, sampler, last) => {
-        const shifted = tree.parents.flatMap((parent) => {
-          const from = Math.max(parent, 0) * vocabulary;
-          return [...logits.subarray(from, from + vocabulary)];
-        });
-        return verify(tree, Float32Array.from(shifted), vocabulary, sampler, last);
+      (tree, scores, sampler, last) => {
+        const shifted = tree.parents.flatMap((parent) => [...scores.row(Math.max(parent, 0))]);
+        return verify(tree, scoresOf(Float32Array.from(shifted)), sampler, last);
       },
     ],
   ];
@@ -283,7 +286,12 @@ describe("sampling through a tree", () => {
     for (const [name, setting] of [...settings, ["T=0", { ...plain, temperature: 0 }] as const]) {
       for (let seed = 0; seed < 3000; seed++) {
         const text: number[] = [];
-        const { tokens } = await verify(tree, rows, 6, new Sampler({ ...setting, seed }, PROMPT), () => false);
+        const { tokens } = await verify(
+          tree,
+          scoresOf(rows, 6),
+          new Sampler({ ...setting, seed }, PROMPT),
+          () => false,
+        );
         for (const token of tokens) {
           const row = penalized(logits, text, setting);
           const possible = setting.temperature === 0 ? [0, 0, 0, 0, 1, 0] : warped(row, setting);

@@ -13,12 +13,15 @@ import { type EngineOptions, LocalEngine } from "../engine-local.ts";
 import { startEngine } from "../engine-process.ts";
 import { startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
+import { benchCuda, printCuda } from "./bench-cuda.ts";
 import { benchEdge } from "./bench-edge.ts";
 import { inflateCommand } from "./inflate.ts";
-import { engineOptions, number, oneOf, parseFlags } from "./options.ts";
+import { engineOptions, type Flags, number, oneOf, parseFlags, UsageError } from "./options.ts";
 
 export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR] [--like SHAPE] [--device cpu|cuda|webgpu] [--threads N] [--context N] [--json]
   --like inflates the model to that shape first, once, into a cache folder (see vispec inflate): small is for a CPU
+vispec bench --device cuda [--model DIR] [--draft DIR] [--dtype bf16|f16|f32] [--draft-vocab N] [--past N] [--accept MEAN,…] [--json]
+  passes, prompts and answers beside what the memory allows; --accept forces means of accepted drafts, to study costs
 vispec bench --edge [--rounds N] [--json]`;
 
 const ROOT = join(import.meta.dirname, "../../test/goldens/qwen/images");
@@ -208,9 +211,38 @@ function contendersOf(options: EngineOptions, fixed: Record<string, TreeShape>):
   ];
 }
 
+/** On a GPU what counts is how near the passes come to what its memory allows. */
+async function onCuda(flags: Flags, options: EngineOptions, rounds: number, signal: AbortSignal): Promise<void> {
+  const accept = String(flags.accept ?? "2.24").split(",").map(Number); // biome-ignore format: one chain
+  if (accept.some((mean) => !(mean >= 0 && mean < 4)))
+    throw new UsageError(`--accept is ${flags.accept}; means of 0 to 4 drafts a cycle are wanted, with commas between`);
+  const engine = new LocalEngine(options);
+  try {
+    await engine.warmUp();
+    const past = number(flags, "past", { min: 1 }) ?? 1024;
+    const result = await benchCuda(engine, { accept, past, rounds }, signal);
+    if (flags.json) console.log(JSON.stringify(result));
+    else printCuda(result);
+  } finally {
+    await engine.close();
+  }
+}
+
 /** Contenders take turns in every round, so that what else the machine does hits all alike. */
 export async function benchCommand(args: string[], signal: AbortSignal): Promise<void> {
-  const values = ["model", "draft", "like", "device", "threads", "context", "rounds"];
+  const values = [
+    "model",
+    "draft",
+    "like",
+    "device",
+    "threads",
+    "context",
+    "rounds",
+    "dtype",
+    "draft-vocab",
+    "past",
+    "accept",
+  ];
   const flags = parseFlags(args, values, [], ["json", "edge"]);
   if (flags.edge) {
     const rounds = number(flags, "rounds", { min: 1, max: 100_000 }) ?? 300;
@@ -223,6 +255,7 @@ export async function benchCommand(args: string[], signal: AbortSignal): Promise
     const draft = options.draft ?? join(options.model, "draft");
     Object.assign(options, { model: await inflated(like, options.model, draft, signal), draft: undefined });
   }
+  if (options.device === "cuda") return onCuda(flags, options, rounds, signal);
   const contenders = contendersOf(
     options,
     like

@@ -23,6 +23,8 @@ export const MODEL_FLAGS = [
   "device",
   "threads",
   "context",
+  "dtype",
+  "draft-vocab",
 ];
 
 /** Flags of a command: `values` take one, `lists` may come several times, `switches` take none. */
@@ -81,5 +83,7 @@ export function engineOptions(flags: Flags): EngineOptions {
     device: oneOf(flags, "device", ["cpu", "cuda", "webgpu"]),
     threads: number(flags, "threads", { min: 1, max: 1024 }),
     context: number(flags, "context", { min: 2 }),
+    dtype: oneOf(flags, "dtype", ["f32", "f16", "bf16"]),
+    draftVocabulary: number(flags, "draft-vocab", { min: 0 }),
   };
 }

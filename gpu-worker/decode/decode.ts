@@ -1,9 +1,10 @@
 /** The decode loop: prefill, then cycles of propose, score, verify, commit. Knows no text and no stop string. */
 import { setImmediate } from "node:timers/promises";
-import type { Context, Fresh } from "../engine/context.ts";
-import type { Prompt, Target } from "../engine/target.ts";
+import type { Prompt } from "../engine/target.ts";
 import type { Drafter } from "./drafters/drafter.ts";
 import type { Sampler } from "./sample.ts";
+import type { Fresh, Sequence, TargetModel } from "./target.ts";
+import type { Tree } from "./tree.ts";
 import { type Path, verify } from "./verify.ts";
 
 /** What one cycle gave; the first is the prefill's, with one token and no draft. */
@@ -28,6 +29,10 @@ export interface DecodeOptions {
   /** Tokens after which nothing follows. */
   stopTokens: ReadonlySet<number>;
   signal: AbortSignal;
+  /** Whether cycles' logits will be asked for: else the next cycle may begin before the last one was looked at. */
+  logits?: boolean;
+  /** Takes the place of verification where costs are studied: what would be accepted of a tree. */
+  accept?: (tree: Tree) => Path;
 }
 
 /**
@@ -35,9 +40,9 @@ export interface DecodeOptions {
  * token or maxTokens, or when its loop is left. Leaving the outer loop frees the sequence's memory. Throws the signal's
  * reason within one cycle of an abort.
  */
-export async function* decode(
-  target: Target,
-  drafter: Drafter,
+export async function* decode<S extends Sequence>(
+  target: TargetModel<S>,
+  drafter: Drafter<S>,
   prompt: Prompt,
   options: DecodeOptions,
 ): AsyncGenerator<AsyncGenerator<Cycle>> {
@@ -55,14 +60,13 @@ export async function* decode(
   }
 }
 
-async function* decodeChoice(
-  prefilled: { context: Context; logits: Float32Array; milliseconds: number },
-  drafter: Drafter,
+async function* decodeChoice<S extends Sequence>(
+  prefilled: { context: S; logits: Float32Array; milliseconds: number },
+  drafter: Drafter<S>,
   sampler: Sampler,
-  { maxTokens, stopTokens, signal }: DecodeOptions,
+  { maxTokens, stopTokens, signal, ...options }: DecodeOptions,
 ): AsyncGenerator<Cycle> {
   const { context, logits: row, milliseconds: verifyMs } = prefilled;
-  const vocabulary = row.length;
   let given = 0;
   const last = (token: number, index: number) => stopTokens.has(token) || given + index + 1 >= maxTokens;
   const first = await sampler.next(row);
@@ -70,25 +74,27 @@ async function* decodeChoice(
   if (last(first, 0)) return;
   given = 1;
   const drafting = drafter.start(context);
-  for (let fresh: Fresh = { rows: [context.cache.length - 1], next: [first] }; ; ) {
+  for (let fresh: Fresh = { rows: [context.length - 1], next: [first] }; ; ) {
     await breathe(signal);
     const start = performance.now();
     const tree = drafting.propose(fresh);
     const proposed = performance.now();
-    const logits = context.score(tree);
+    const scores = context.scores(tree);
     const scored = performance.now();
-    const path: Path = await verify(tree, logits, vocabulary, sampler, last);
+    const path = options.accept?.(tree) ?? (await verify(tree, scores, sampler, last));
     fresh = context.commit(path);
+    given += path.tokens.length;
+    const ended = given >= maxTokens || stopTokens.has(path.tokens.at(-1)!);
+    if (!ended && !options.logits) drafting.ahead?.(fresh);
     yield {
       tokens: path.tokens,
       accepted: path.tokens.length - 1,
       drafted: tree.tokens.length - 1,
-      logits: (i) => logits.subarray(path.nodes[i] * vocabulary, (path.nodes[i] + 1) * vocabulary),
+      logits: (i) => scores.row(path.nodes[i]),
       draftMs: proposed - start,
       verifyMs: scored - proposed,
     };
-    given += path.tokens.length;
-    if (given >= maxTokens || stopTokens.has(path.tokens.at(-1)!)) return;
+    if (ended) return;
   }
 }
 

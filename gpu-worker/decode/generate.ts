@@ -3,14 +3,14 @@ import { ApiError } from "../../shared/errors.ts";
 import type { GenerateRequest } from "../../shared/protocol.ts";
 import { Detokenizer, type Tokenizer } from "../../shared/tokenizer.ts";
 import type { ImageRows } from "../engine/images.ts";
-import type { Target } from "../engine/target.ts";
 import type { Finish, Step, TokenLogprob } from "../engine.ts";
-import type { Model } from "../model/model.ts";
+import type { ModelFiles } from "../model/model.ts";
 import { type Cycle, decode } from "./decode.ts";
-import { type Drafter, noDrafter } from "./drafters/drafter.ts";
+import type { Drafter } from "./drafters/drafter.ts";
 import type { Grammars } from "./grammar/grammar.ts";
 import { Sampler, seedOf } from "./sample.ts";
 import { StopStrings } from "./stop.ts";
+import type { TargetModel } from "./target.ts";
 
 /** What is the same for all choices of a request. */
 interface Asked {
@@ -113,13 +113,24 @@ export function logprobsOf(logits: Float32Array, token: number, n: number): Toke
   return { token, logprob: logits[token] - log, top };
 }
 
+/** What answering takes of an engine. */
+export interface Generating {
+  model: Pick<ModelFiles, "config" | "family">;
+  target: TargetModel;
+  tokenizer: Tokenizer;
+  drafter: Drafter;
+  /** Decodes without drafts. */
+  plain: Drafter;
+  grammars: Grammars;
+}
+
 /**
  * All choices of one request, cycle by cycle; each one's last step has `finish`. `images` are the pictures' rows in the
  * order of the request. Throws ApiError 400 for a request that does not fit the model or its context, and for a schema
  * that cannot be kept to; the signal's reason when it is aborted.
  */
 export async function* generate(
-  engine: { model: Model; target: Target; tokenizer: Tokenizer; drafter: Drafter; grammars: Grammars },
+  engine: Generating,
   request: GenerateRequest,
   images: ImageRows[],
   signal: AbortSignal,
@@ -141,10 +152,11 @@ export async function* generate(
     samplers.push(new Sampler(sampling, expanded.tokens, matcher));
   }
   const prompt = { expanded, imageRows: images.map((i) => i.rows) };
-  const drafter = request.plain ? noDrafter : engine.drafter;
+  const drafter = request.plain ? engine.plain : engine.drafter;
+  const options = { samplers, maxTokens, stopTokens, signal, logits: request.logprobs !== null };
   let choice = 0;
   let begun = performance.now();
-  for await (const cycles of decode(target, drafter, prompt, { samplers, maxTokens, stopTokens, signal })) {
+  for await (const cycles of decode(target, drafter, prompt, options)) {
     const writer = new Writer(choice++, asked, begun);
     for await (const cycle of cycles) {
       const step = writer.step(cycle);

@@ -132,6 +132,11 @@ export class Sampler {
     this.#repeated = new Set(this.#adjusts ? prompt : []);
   }
 
+  /** Whether it takes the likeliest token, whatever came before. */
+  get greedy(): boolean {
+    return this.#sampling.temperature === 0 && !this.#adjusts && !this.#constraint;
+  }
+
   /** The next token after a row of logits, never one of probability 0; a promise where there is a constraint. */
   next(logits: Float32Array): number | Promise<number> {
     if (this.#constraint) return this.#nextAllowed(logits, this.#constraint);

@@ -1,4 +1,5 @@
 /** One sequence in the target: its cache, the pass that scores trees on it, and what a drafter may read of it. */
+import type { Fresh, Scores, Sequence } from "../decode/target.ts";
 import type { Tree } from "../decode/tree.ts";
 import type { Path } from "../decode/verify.ts";
 import type { Model } from "../model/model.ts";
@@ -6,16 +7,8 @@ import { SequenceCache } from "./cache.ts";
 import type { Binding, Runtime, Tensor } from "./runtime.ts";
 import type { Prompt } from "./target.ts";
 
-/** Hidden states that a drafter can read: the prompt's, and those of the last tree's nodes. */
-export interface Fresh {
-  /** Rows of `context.hidden` of the tokens that are new in the text. */
-  rows: number[];
-  /** The token that follows each of them. */
-  next: number[];
-}
-
 /** Disposing of it gives its memory back to the target, which uses it for later sequences; `free` ends it. */
-export class Context implements Disposable {
+export class Context implements Sequence {
   readonly cache: SequenceCache;
   /** [capacity,D], after the final norm: the prompt's in the first rows, the last tree's from `#treeRow` on. */
   readonly hidden: Tensor;
@@ -100,6 +93,16 @@ export class Context implements Disposable {
     else this.cache.tree(tree.parents);
     this.#binding(n).run();
     return this.#logitValues;
+  }
+
+  scores(tree: Tree): Scores {
+    const logits = this.score(tree);
+    const { vocabulary } = this.#model.config.language;
+    return { row: (node) => logits.subarray(node * vocabulary, (node + 1) * vocabulary) };
+  }
+
+  get length(): number {
+    return this.cache.length;
   }
 
   #binding(n: number): Binding {

@@ -1,7 +1,9 @@
 /** ViSpec's draft model at work on one sequence: its own cache, the adaptor's rows, passes over rows and over tree levels. */
+
+import type { Fresh } from "../decode/target.ts";
 import type { Model } from "../model/model.ts";
 import { SequenceCache } from "./cache.ts";
-import type { Context, Fresh } from "./context.ts";
+import type { Context } from "./context.ts";
 import type { Binding, Runtime, Session, Tensor } from "./runtime.ts";
 
 /** The likeliest next tokens after some rows, k a row: natural log-probabilities, in falling order. */
@@ -88,7 +90,7 @@ export class DraftSequence implements Disposable {
     for (const [i, { at: start, count }] of images.entries()) {
       for (; at < start - 1; at++) rows.push({ at, id: next[at], bias });
       // Row r pairs the hidden state of token r with token r + 1, so an image's run begins one row before its tokens.
-      const adapted = this.#adapt(this.#context.prompt.imageRows[i], count);
+      const adapted = this.#adapt(this.#context.prompt.imageRows[i] as Float32Array, count);
       for (let q = 0; q < queries - 1; q++)
         rows.push({ at: start - 1 + count - (queries - 1) + q, adapted: adapted.subarray(q * width, (q + 1) * width) });
       bias = this.#globalBias(adapted.subarray((queries - 1) * width));

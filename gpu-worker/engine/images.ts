@@ -3,13 +3,22 @@ import { ApiError } from "../../shared/errors.ts";
 import type { PixelLimits } from "../../shared/protocol.ts";
 import { decodeImage, type Picture } from "../input/decode.ts";
 import type { ImageShape } from "../model/family.ts";
-import type { Model } from "../model/model.ts";
-import type { Runtime } from "./runtime.ts";
+import type { ModelFiles } from "../model/model.ts";
+import type { Runtime, Session, Tensor } from "./runtime.ts";
+import type { ImageData } from "./target.ts";
 
 /** Embedding rows of one picture in the prompt. */
 export interface ImageRows extends ImageShape {
   /** [count, D] */
-  rows: Float32Array;
+  rows: ImageData;
+}
+
+/** What seeing takes of a model; `put` and `take` bring data to a device and back, where it has memory of its own. */
+export interface Seeing extends Pick<ModelFiles, "family" | "config"> {
+  vision: Session;
+  dtype?: "f32" | "f16" | "bf16";
+  put?(data: Float32Array | BigInt64Array): Tensor;
+  take?(tensor: Tensor): ImageData;
 }
 
 /**
@@ -18,24 +27,34 @@ export interface ImageRows extends ImageShape {
  */
 export function encodePicture(
   runtime: Runtime,
-  { family, config, vision }: Model,
+  model: Seeing,
   picture: Picture,
-  limits: PixelLimits = family.pixels,
+  limits: PixelLimits = model.family.pixels,
 ): ImageRows {
+  const { family, config, vision } = model;
   checkTokens(family.imageTokens(picture, limits), config.contextLength);
   const { inputs, image } = family.visionPass(picture, limits);
   const dims = [image.count, config.language.hidden];
   using memory = new DisposableStack();
   using binding = vision.binding();
   for (const [name, { data, dims }] of Object.entries(inputs)) {
-    const tensor = memory.use(runtime.tensor(data instanceof Float32Array ? "f32" : "i64", data.length));
-    if (data instanceof Float32Array) tensor.f32.set(data);
-    else tensor.i64.set(data);
-    binding.input(name, tensor, dims);
+    binding.input(name, memory.use(model.put ? model.put(data) : onHost(runtime, data)), dims);
+  }
+  if (model.take) {
+    const rows = memory.use(runtime.tensor(model.dtype!, dims[0] * dims[1], "device"));
+    binding.output("rows", rows, dims).run();
+    return { ...image, rows: model.take(rows) };
   }
   const rows = memory.use(runtime.tensor("f32", dims[0] * dims[1]));
   binding.output("rows", rows, dims).run();
   return { ...image, rows: rows.f32.slice() };
+}
+
+function onHost(runtime: Runtime, data: Float32Array | BigInt64Array): Tensor {
+  const tensor = runtime.tensor(data instanceof Float32Array ? "f32" : "i64", data.length);
+  if (data instanceof Float32Array) tensor.f32.set(data);
+  else tensor.i64.set(data);
+  return tensor;
 }
 
 /** Before the picture is resized: at the size that was asked for it may not even fit into memory. */
@@ -48,12 +67,12 @@ function checkTokens(tokens: number, context: number): void {
 /** Least recently used pictures go when the rows of all exceed `maxBytes`. */
 export class ImageStore {
   readonly #runtime: Runtime;
-  readonly #model: Model;
+  readonly #model: Seeing;
   readonly #maxBytes: number;
   readonly #images = new Map<string, ImageRows>();
   #bytes = 0;
 
-  constructor(runtime: Runtime, model: Model, maxBytes = 256 << 20) {
+  constructor(runtime: Runtime, model: Seeing, maxBytes = 256 << 20) {
     this.#runtime = runtime;
     this.#model = model;
     this.#maxBytes = maxBytes;

@@ -7,6 +7,8 @@ import { createRequire } from "node:module";
 import { availableParallelism } from "node:os";
 import { dirname, join } from "node:path";
 import koffi from "koffi";
+import { Cuda } from "../cuda/driver.ts";
+import { type CustomOp, customOp, type KernelApi } from "./custom-op.ts";
 import { functions } from "./ort-api.ts";
 
 export type Device = "cpu" | "cuda" | "webgpu";
@@ -72,6 +74,31 @@ function load(): void {
   environment = create(api.CreateEnv, 3, "vispec");
 }
 
+/** How operators of our own reach their tensors. */
+const kernelApi: KernelApi = {
+  input(context, index) {
+    const value = create(api.KernelContext_GetInput, context, index);
+    return value ? create(api.GetTensorMutableData, value) : 0n;
+  },
+  output(context, dims) {
+    return create(api.GetTensorMutableData, create(api.KernelContext_GetOutput, context, 0, dims, dims.length));
+  },
+  dims(context) {
+    const info = create(api.GetTensorTypeAndShape, create(api.KernelContext_GetInput, context, 0));
+    const dims = new BigInt64Array(2);
+    check(api.GetDimensions(info, dims, 2));
+    api.ReleaseTensorTypeAndShapeInfo(info);
+    return dims;
+  },
+};
+
+/** An input of every run of a session: weights, where they are no constants of the graph. */
+export interface FixedInput {
+  name: string;
+  tensor: Tensor;
+  dims: Dims;
+}
+
 export interface RuntimeOptions {
   device?: Device;
   /** Threads of one pass on the CPU. */
@@ -89,6 +116,11 @@ export class Runtime {
   readonly #runOptions: Handle;
   /** Bytes of all tensors that are alive: what a test of leaks looks at. */
   allocatedBytes = 0;
+  /** The device's own interface, on CUDA: sessions run on its stream, and a run returns before it is done. */
+  readonly cuda: Cuda | undefined;
+  #customOps: Handle | undefined;
+  /** What an operator of our own threw in the run that is under way. */
+  readonly #failure: { error: unknown } = { error: undefined };
 
   constructor(options: RuntimeOptions = {}) {
     load();
@@ -96,11 +128,22 @@ export class Runtime {
     this.#threads = options.threads ?? Math.min(MOST_THREADS, availableParallelism());
     this.#hostInfo = create(api.CreateMemoryInfo, "Cpu", 0, 0, 0);
     this.#hostAllocator = create(api.GetAllocatorWithDefaultOptions);
+    if (this.device === "cuda") this.cuda = Cuda.open();
     const names = { cpu: "Cpu", cuda: "Cuda", webgpu: "WebGPU_Buf" };
     this.#deviceInfo =
       this.device === "cpu" ? this.#hostInfo : create(api.CreateMemoryInfo, names[this.device], 0, 0, 0);
     if (this.device === "cpu") this.#deviceAllocator = this.#hostAllocator;
     this.#runOptions = create(api.CreateRunOptions);
+    if (this.cuda) check(api.AddRunConfigEntry(this.#runOptions, "disable_synchronize_execution_providers", "1"));
+  }
+
+  /** Makes operators known to all later sessions. */
+  addCustomOps(domain: string, ops: readonly CustomOp[]): void {
+    const failed = (error: unknown) => {
+      this.#failure.error ??= error;
+    };
+    this.#customOps = create(api.CreateCustomOpDomain, domain);
+    for (const op of ops) check(api.CustomOpDomain_Add(this.#customOps, customOp(op, kernelApi, failed)));
   }
 
   /** True where device memory is memory that JavaScript can read and write. */
@@ -112,7 +155,7 @@ export class Runtime {
    * A session of an ONNX model whose external data lies under the root folder (locations are absolute paths without
    * their first slash). `threads` overrides the runtime's.
    */
-  session(model: Uint8Array, options: { threads?: number } = {}): Session {
+  session(model: Uint8Array, options: { threads?: number; fixed?: readonly FixedInput[] } = {}): Session {
     const settings = create(api.CreateSessionOptions);
     try {
       check(api.SetIntraOpNumThreads(settings, options.threads ?? this.#threads));
@@ -126,20 +169,47 @@ export class Runtime {
       };
       for (const [key, value] of Object.entries(entries)) check(api.AddSessionConfigEntry(settings, key, value));
       this.#appendProvider(settings);
+      if (this.#customOps) check(api.AddCustomOpDomain(settings, this.#customOps));
       const session = create(api.CreateSessionFromArray, environment, model, model.length, settings);
-      this.#deviceAllocator ??= create(api.CreateAllocator, session, this.#deviceInfo);
-      return new Session(session, this.#runOptions, this.unified);
+      if (!this.cuda) this.#deviceAllocator ??= create(api.CreateAllocator, session, this.#deviceInfo);
+      const run = this.cuda ? this.#runCuda : (handle: Handle, binding: Handle) => this.#run(handle, binding);
+      // On CUDA a session lives as long as the process: buffers that it frees on the stream can bring its allocator down
+      // with them, in a callback that may not call CUDA, which ends the process (seen with ONNX Runtime 1.29).
+      const release = () => this.cuda || api.ReleaseSession(session);
+      return new Session(session, { run, release }, this.device === "webgpu", options.fixed ?? []);
     } finally {
       api.ReleaseSessionOptions(settings);
     }
   }
 
+  #run(session: Handle, binding: Handle): void {
+    check(api.RunWithBinding(session, this.#runOptions, binding));
+  }
+
+  readonly #runCuda = (session: Handle, binding: Handle): void => {
+    this.#run(session, binding);
+    const { error } = this.#failure;
+    this.#failure.error = undefined;
+    if (error) throw error;
+  };
+
   #appendProvider(settings: Handle): void {
     if (this.device === "webgpu") check(api.SessionOptionsAppendExecutionProvider(settings, "WebGPU", [], [], 0));
-    if (this.device !== "cuda") return;
+    if (!this.cuda) return;
+    const options = {
+      device_id: "0",
+      has_user_compute_stream: "1",
+      user_compute_stream: String(this.cuda.stream),
+      use_tf32: "0",
+      // Else sums of squares are made in the type of the input.
+      enable_skip_layer_norm_strict_mode: "1",
+    };
+    // What falls back to the CPU would cross to the host in every pass, and cannot be captured.
+    check(api.AddSessionConfigEntry(settings, "session.disable_cpu_ep_fallback", "1"));
     const cuda = create(api.CreateCUDAProviderOptions);
     try {
-      check(api.UpdateCUDAProviderOptions(cuda, ["device_id", "use_tf32"], ["0", "0"], 2));
+      const [keys, values] = [Object.keys(options), Object.values(options)];
+      check(api.UpdateCUDAProviderOptions(cuda, keys, values, keys.length));
       check(api.SessionOptionsAppendExecutionProvider_CUDA_V2(settings, cuda));
     } finally {
       api.ReleaseCUDAProviderOptions(cuda);
@@ -149,6 +219,7 @@ export class Runtime {
   /** Memory for `elements` values: zeros on the host, whatever was there on the device. */
   tensor(dtype: DType, elements: number, where: "host" | "device" = "host"): Tensor {
     const host = where === "host" || this.unified;
+    if (!host && this.cuda) return this.#cudaTensor(this.cuda, dtype, elements);
     const allocator = host ? this.#hostAllocator : this.#deviceAllocator;
     if (!allocator) throw new Error(`a ${this.device} tensor needs a session on that device first`);
     const bytes = Math.max(1, elements) * DTYPES[dtype].bytes;
@@ -161,6 +232,22 @@ export class Runtime {
     const buffer = host ? koffi.view(pointer, bytes) : undefined;
     if (buffer && where === "host") new Uint8Array(buffer).fill(0);
     return new Tensor(dtype, elements, pointer, host ? this.#hostInfo : this.#deviceInfo, free, buffer);
+  }
+
+  /** Device memory that someone else owns. */
+  at(pointer: Handle, dtype: DType, elements: number): Tensor {
+    return new Tensor(dtype, elements, pointer, this.#deviceInfo, () => {});
+  }
+
+  #cudaTensor(cuda: Cuda, dtype: DType, elements: number): Tensor {
+    const bytes = Math.max(1, elements) * DTYPES[dtype].bytes;
+    const pointer = cuda.alloc(bytes);
+    this.allocatedBytes += bytes;
+    const free = () => {
+      this.allocatedBytes -= bytes;
+      cuda.free(pointer);
+    };
+    return new Tensor(dtype, elements, pointer, this.#deviceInfo, free);
   }
 }
 
@@ -208,43 +295,52 @@ export class Tensor implements Disposable {
   }
 }
 
+interface Does {
+  run(session: Handle, binding: Handle): void;
+  release(): unknown;
+}
+
 /** A compiled graph. */
 export class Session implements Disposable {
   readonly #handle: Handle;
-  readonly #runOptions: Handle;
-  readonly #unified: boolean;
+  readonly #does: Does;
+  readonly #rebinds: boolean;
+  readonly #fixed: readonly FixedInput[];
 
-  constructor(handle: Handle, runOptions: Handle, unified: boolean) {
+  constructor(handle: Handle, does: Does, rebinds: boolean, fixed: readonly FixedInput[]) {
     this.#handle = handle;
-    this.#runOptions = runOptions;
-    this.#unified = unified;
+    this.#does = does;
+    this.#rebinds = rebinds;
+    this.#fixed = fixed;
   }
 
   binding(): Binding {
-    return new Binding(this.#handle, this.#runOptions, create(api.CreateIoBinding, this.#handle), this.#unified);
+    const run = (binding: Handle) => this.#does.run(this.#handle, binding);
+    const binding = new Binding(run, create(api.CreateIoBinding, this.#handle), this.#rebinds);
+    for (const { name, tensor, dims } of this.#fixed) binding.input(name, tensor, dims);
+    return binding;
   }
 
   [Symbol.dispose](): void {
-    api.ReleaseSession(this.#handle);
+    this.#does.release();
   }
 }
 
 /** Inputs and outputs of a session's runs. What is bound stays bound, so a repeated pass is one call. */
 export class Binding implements Disposable {
-  readonly #session: Handle;
-  readonly #runOptions: Handle;
+  readonly #run: (binding: Handle) => void;
   readonly #handle: Handle;
   /**
-   * What binds each input and output again before a run, on devices with memory of their own: there binding a host input
-   * copies it, and a run replaces a bound output that another provider's kernel produced (a fallback to the CPU).
+   * What binds each input and output again before a run, on WebGPU: there binding a host input copies it, and a run
+   * replaces a bound output that another provider's kernel produced (a fallback to the CPU). On CUDA all that is bound lies
+   * on the device.
    */
   readonly #again: Map<string, () => void> | undefined;
 
-  constructor(session: Handle, runOptions: Handle, handle: Handle, unified: boolean) {
-    this.#session = session;
-    this.#runOptions = runOptions;
+  constructor(run: (binding: Handle) => void, handle: Handle, rebinds: boolean) {
+    this.#run = run;
     this.#handle = handle;
-    this.#again = unified ? undefined : new Map();
+    this.#again = rebinds ? new Map() : undefined;
   }
 
   /** Binds elements of `tensor` from `offset` on, shaped `dims`, as an input. */
@@ -284,10 +380,10 @@ export class Binding implements Disposable {
     }
   }
 
-  /** Runs the graph; returns when every output is there. */
+  /** Runs the graph; returns when every output is there, on CUDA when all of it is queued. */
   run(): void {
     if (this.#again) for (const bind of this.#again.values()) bind();
-    check(api.RunWithBinding(this.#session, this.#runOptions, this.#handle));
+    this.#run(this.#handle);
   }
 
   [Symbol.dispose](): void {

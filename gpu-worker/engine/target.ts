@@ -1,8 +1,8 @@
 /** The big model: prefill, scoring of trees, commit of the accepted path. Knows sessions and memory, no drafter or sampler. */
+import type { TargetModel } from "../decode/target.ts";
 import type { ExpandedPrompt } from "../model/family.ts";
-import type { Model } from "../model/model.ts";
+import type { Model, ModelFiles } from "../model/model.ts";
 import { frequencies, ropeTable } from "../model/rope.ts";
-import type { SequenceCache } from "./cache.ts";
 import { Context } from "./context.ts";
 import type { Runtime } from "./runtime.ts";
 
@@ -17,10 +17,13 @@ const MAX_FREE = 2;
 /** A prompt whose pictures went through the vision tower: [count, D] rows in the order of `expanded.images`. */
 export interface Prompt {
   expanded: ExpandedPrompt;
-  imageRows: Float32Array[];
+  imageRows: ImageData[];
 }
 
-export class Target implements Disposable {
+/** Numbers of image rows as they are kept: float32, or the bits of a type of 16. */
+export type ImageData = Float32Array | Uint16Array<ArrayBuffer>;
+
+export class Target implements TargetModel<Context> {
   readonly #runtime: Runtime;
   readonly #model: Model;
   /** Angles for every position, computed once: rows are copied into each sequence's table. */
@@ -47,7 +50,8 @@ export class Target implements Disposable {
   begin(prompt: Prompt, room: number, maxTree: number): Context {
     const context = this.#take(prompt.expanded.tokens.length + room, maxTree);
     context.begin(prompt);
-    this.#fillRope(context.cache, prompt.expanded);
+    const { cos, sin, capacity } = context.cache;
+    fillAngles({ cos: cos.f32, sin: sin.f32 }, this.#rope, this.#model, prompt.expanded, capacity);
     return context;
   }
 
@@ -116,20 +120,26 @@ export class Target implements Disposable {
     binding.run();
     cache.length += n;
   }
+}
 
-  /** Angles of each token by its index: the prompt's by their rows of positions, later ones by index + delta. */
-  #fillRope(cache: SequenceCache, { positions, delta, tokens }: ExpandedPrompt): void {
-    const half = this.#model.config.language.headSize / 2;
-    const axis = this.#model.family.rotaryAxes;
-    for (const [table, all] of [
-      [cache.cos.f32, this.#rope.cos],
-      [cache.sin.f32, this.#rope.sin],
-    ]) {
-      for (let i = 0; i < tokens.length; i++)
-        for (let f = 0; f < half; f++) table[i * half + f] = all[positions[axis[f]][i] * half + f];
-      const from = tokens.length;
-      table.set(all.subarray((from + delta) * half, (cache.capacity + delta) * half), from * half);
-    }
+/**
+ * Writes the angles of a sequence's tokens by their index, up to `rows`: the prompt's by their rows of positions, later
+ * ones by index + delta. `all` are the angles of every position.
+ */
+export function fillAngles(
+  to: { cos: Float32Array; sin: Float32Array },
+  all: { cos: Float32Array; sin: Float32Array },
+  { family, config }: Pick<ModelFiles, "family" | "config">,
+  { positions, delta, tokens }: ExpandedPrompt,
+  rows: number,
+): void {
+  const half = config.language.headSize / 2;
+  const axis = family.rotaryAxes;
+  for (const name of ["cos", "sin"] as const) {
+    for (let i = 0; i < tokens.length; i++)
+      for (let f = 0; f < half; f++) to[name][i * half + f] = all[name][positions[axis[f]][i] * half + f];
+    const from = tokens.length;
+    to[name].set(all[name].subarray((from + delta) * half, (rows + delta) * half), from * half);
   }
 }
 
@@ -141,7 +151,7 @@ function imageRowsOf({ expanded, imageRows }: Prompt, from: number, to: number, 
     const [start, end] = [Math.max(at, from), Math.min(at + count, to)];
     if (start >= end) continue;
     for (let t = start; t < end; t++) index.push(BigInt(t - from));
-    pieces.push(imageRows[i].subarray((start - at) * width, (end - at) * width));
+    pieces.push((imageRows[i] as Float32Array).subarray((start - at) * width, (end - at) * width));
   }
   const rows = new Float32Array(index.length * width);
   let offset = 0;

@@ -41,10 +41,23 @@ export interface Constant {
 export interface GraphOptions {
   /** What activations are computed in. */
   dtype: DType;
-  /** Whether the attention kernel does the rotary embedding too; the CPU's honours the positions of a tree. */
-  fusedRotary: boolean;
+  /**
+   * What attends over a KV cache: ONNX Runtime's kernel with the rotary embedding in it (the CPU's honours the positions
+   * of a tree), or beside it, or a kernel of our own (CUDA), in whose graphs weights are inputs that lie on the device.
+   */
+  attention: "fused" | "split" | "own";
   /** Whether products with weights go through 8-bit integers: for drafts, which need not be exact. */
   int8: boolean;
+}
+
+/** Memory that a run gets as an input: stored tensors, below each other, in the graph's own type unless they are bytes. */
+export interface BoundWeight {
+  readonly value: Value;
+  readonly parts: readonly StoredTensor[];
+  /** Whether it is [columns,rows] of the stored [rows,columns]: products read it faster. */
+  readonly turned: boolean;
+  /** Those of the rows that are kept, in this order; all by default. */
+  readonly rows: readonly number[] | undefined;
 }
 
 /** Collects a graph. Operators (ops/) add nodes through `node`; the numbers of weights stay in their files. */
@@ -53,6 +66,7 @@ export class Graph {
   readonly outputs: { name: string; value: Value }[] = [];
   readonly nodes: Node[] = [];
   readonly weights = new Map<string, { value: Value; stored: StoredTensor }>();
+  readonly bound = new Map<string, BoundWeight>();
   readonly constants: Constant[] = [];
   readonly options: GraphOptions;
   #count = 0;
@@ -63,6 +77,11 @@ export class Graph {
 
   get dtype(): DType {
     return this.options.dtype;
+  }
+
+  /** Whether weights are inputs (see GraphOptions). */
+  get binds(): boolean {
+    return this.options.attention === "own";
   }
 
   input(name: string, dtype: DType, shape: readonly Dim[]): Value {
@@ -83,6 +102,23 @@ export class Graph {
     if (known) return known.value;
     const value = { name: `w${this.weights.size}.${stored.name}`, dtype: stored.dtype, shape: stored.shape };
     this.weights.set(key, { value, stored });
+    return value;
+  }
+
+  /** Stored tensors as one input; graphs that ask for the same get the same memory. */
+  bind(parts: readonly StoredTensor[], turned = false, rows?: readonly number[]): Value {
+    const key = `${turned ? "turned " : ""}${rows ? `${rows.length} rows of ` : ""}${parts.map((p) => `${p.file}:${p.name}`)}`;
+    const known = this.bound.get(key);
+    if (known) return known.value;
+    const { shape, dtype } = parts[0];
+    const count = rows?.length ?? parts.reduce((sum, part) => sum + part.shape[0], 0);
+    const name = `w${this.bound.size}.${parts[0].name}`;
+    const value = {
+      name,
+      dtype: dtype === "u8" ? dtype : this.dtype,
+      shape: turned ? [shape[1], count] : [count, ...shape.slice(1)],
+    };
+    this.bound.set(key, { value, parts, turned, rows });
     return value;
   }
 

@@ -49,6 +49,9 @@ function node({ op, domain, inputs, outputs, attributes }: Node, index: number, 
   };
 }
 
+/** Operators of our own. */
+export const CUSTOM_DOMAIN = "vispec";
+
 /** The ONNX model; external data locations are absolute paths without their first slash. */
 export function encodeOnnx(graph: Graph): Uint8Array {
   // TensorScatter is new in opset 24; providers have fewer kernels for the newest opsets.
@@ -79,13 +82,13 @@ export function encodeOnnx(graph: Graph): Uint8Array {
       producerName: "vispec",
       opsetImport: [
         { domain: "", version: opset },
-        { domain: "com.microsoft", version: 1 },
+        ...["com.microsoft", CUSTOM_DOMAIN].map((domain) => ({ domain, version: 1 })),
       ],
       graph: {
         name: "graph",
         node: graph.nodes.map((n, i) => node(n, i, nameOf)),
         initializer: [...weights, ...constants],
-        input: graph.inputs.map(valueInfo),
+        input: [...graph.inputs, ...[...graph.bound.values()].map(({ value }) => value)].map(valueInfo),
         output: graph.outputs.map(({ name, value }) => valueInfo({ ...value, name })),
       },
     }),

@@ -170,6 +170,9 @@ export function draftJson(c: DraftConfig, type: string): DraftJson {
   };
 }
 
+/** Our own attention for the draft's heads. */
+export const DRAFT_ATTENTION = "DraftAttention";
+
 const parts = (w: TensorSource, d: number) => ({
   fc: w.get("fc.weight", [d, 2 * d]),
   fcBias: w.get("fc.bias", [d]),
@@ -182,9 +185,17 @@ const parts = (w: TensorSource, d: number) => ({
  * bias that holds the global vector's share (`draftBiasGraph`); the fold is computed once, when the session loads.
  * Inputs: ids i64 [T]; hidden [N,D] and hidden_rows i64 [T]: which hidden state goes with each id; keep [T,1]: 0 where
  * the row is the adaptor's, which then comes in as its bias; row_bias [B,D], B = 1 or T; logit_rows i64 [K]; k i64 [1];
- * the cache inputs. Outputs: out [T,D], not normed; log_probs [K,k] and tokens i64 [K,k], the k likeliest in order.
+ * the cache inputs. Outputs: out [T,D], not normed; log_probs [K,k] and tokens i64 [K,k], the k likeliest in order. Where
+ * weights are bound, `folded` [2D,D] is an input too (`foldGraph`), and the last outputs are logits [K,V] of the tokens
+ * `vocabulary`, or of all.
  */
-export function draftGraph(c: DraftConfig, w: TensorSource, head: StoredTensor, options: GraphOptions): Graph {
+export function draftGraph(
+  c: DraftConfig,
+  w: TensorSource,
+  head: StoredTensor,
+  options: GraphOptions,
+  vocabulary?: readonly number[],
+): Graph {
   const g = new Graph(options);
   const d = c.hidden;
   const ids = g.input("ids", "i64", ["T"]);
@@ -193,29 +204,45 @@ export function draftGraph(c: DraftConfig, w: TensorSource, head: StoredTensor, 
   const keep = g.input("keep", g.dtype, ["T", 1]);
   const rowBias = g.input("row_bias", g.dtype, ["B", d]);
   const logitRows = g.input("logit_rows", "i64", ["K"]);
-  const k = g.input("k", "i64", [1]);
-  const cache = cacheInputs(g, c.headSize);
-
-  const { fc, imgFc } = parts(w, d);
-  const fcHidden = slice(g, parameter(g, fc), 1, d, 2 * d);
-  const imgHidden = slice(g, parameter(g, imgFc), 1, 0, d);
-  const folded = concat(g, [slice(g, parameter(g, fc), 1, 0, d), matMul(g, fcHidden, imgHidden)], 1);
+  const cache = cacheInputs(g, c.headSize, DRAFT_ATTENTION);
   const table = w.get("embed_tokens.weight", [c.vocabulary, d]);
   const pair = concat(g, [embedding(g, table, ids), gather(g, hidden, hiddenRows)], 1);
   const kept = mul(g, pair, keep);
-  const fused = options.int8
-    ? add(g, int8MatMul(g, kept, transpose(g, folded, [1, 0])), rowBias)
-    : gemm(g, kept, folded, rowBias);
+  const fused = g.binds
+    ? add(g, matMul(g, kept, g.input("folded", g.dtype, [2 * d, d])), rowBias)
+    : options.int8
+      ? add(g, int8MatMul(g, kept, transpose(g, folded(g, c, w), [1, 0])), rowBias)
+      : gemm(g, kept, folded(g, c, w), rowBias);
 
-  const x = reshape(g, fused, [1, -1, d], "T");
+  const x = g.binds ? fused : reshape(g, fused, [1, -1, d], "T");
   const attended = cachedAttention(g, x, w, "layers.0.self_attn", 0, cache, c);
   const [mlp, sum] = mlpBlock(g, attended, x, w, "layers.0", c);
-  const out = reshape(g, add(g, mlp, sum), [-1, d], "T");
-  const logits = linear(g, gather(g, out, logitRows), [head]);
-  const [logProbs, tokens] = topK(g, logSoftmax(g, logits), k);
+  const sums = add(g, mlp, sum);
+  const out = g.binds ? sums : reshape(g, sums, [-1, d], "T");
   g.output("out", out);
+  const wanted = gather(g, out, logitRows);
+  if (g.binds) {
+    g.output("logits", matMul(g, wanted, g.bind([head], true, vocabulary)));
+    return g;
+  }
+  const [logProbs, tokens] = topK(g, logSoftmax(g, linear(g, wanted, [head])), g.input("k", "i64", [1]));
   g.output("log_probs", logProbs);
   g.output("tokens", tokens);
+  return g;
+}
+
+/** The matrix of [e ; h]: fc_e beside fc_h · img_fc_h, [D,2D]. */
+function folded(g: Graph, { hidden: d }: DraftConfig, w: TensorSource): Value {
+  const { fc, imgFc } = parts(w, d);
+  const fcHidden = slice(g, parameter(g, fc), 1, d, 2 * d);
+  const imgHidden = slice(g, parameter(g, imgFc), 1, 0, d);
+  return concat(g, [slice(g, parameter(g, fc), 1, 0, d), matMul(g, fcHidden, imgHidden)], 1);
+}
+
+/** That matrix, turned, as an output: for where constants are not folded because weights are inputs. */
+export function foldGraph(c: DraftConfig, w: TensorSource, options: GraphOptions): Graph {
+  const g = new Graph(options);
+  g.output("folded", transpose(g, folded(g, c, w), [1, 0]));
   return g;
 }
 

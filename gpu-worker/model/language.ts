@@ -14,6 +14,9 @@ import {
 } from "./layers.ts";
 import type { TensorSource } from "./weights.ts";
 
+/** Our own attention for the target's heads. */
+export const TARGET_ATTENTION = "TargetAttention";
+
 export interface LanguageConfig extends DecoderLayerConfig {
   layers: number;
   vocabulary: number;
@@ -36,20 +39,28 @@ export function headWeight(c: LanguageConfig, w: TensorSource, names: LanguageNa
 /**
  * One pass over T tokens after those in the cache (Qwen2_5_VLTextModel or LlamaModel, and lm_head).
  * Inputs: ids i64 [T]; image_rows [R,D] that take the places image_index i64 [R,1] of the embeddings; logit_rows i64 [K]:
- * the rows that logits are wanted of; the cache inputs. Outputs: hidden [T,D] after the final norm; logits f32 [K,V].
+ * the rows that logits are wanted of; the cache inputs. Outputs: hidden [T,D] after the final norm; logits [K,V]. Without
+ * `pictures` a pass over text alone: no rows come in, and logits are those of all tokens.
  */
-export function languageGraph(c: LanguageConfig, w: TensorSource, options: GraphOptions, names: LanguageNames): Graph {
+export function languageGraph(
+  c: LanguageConfig,
+  w: TensorSource,
+  options: GraphOptions,
+  names: LanguageNames,
+  pictures = true,
+): Graph {
   const g = new Graph(options);
   const ids = g.input("ids", "i64", ["T"]);
-  const imageRows = g.input("image_rows", g.dtype, ["R", c.hidden]);
-  const imageIndex = g.input("image_index", "i64", ["R", 1]);
-  const logitRows = g.input("logit_rows", "i64", ["K"]);
-  const cache = cacheInputs(g, c.headSize);
+  const cache = cacheInputs(g, c.headSize, TARGET_ATTENTION);
   const table = w.get(`${names.model}.embed_tokens.weight`, [c.vocabulary, c.hidden]);
-  const embedded = scatterRows(g, embedding(g, table, ids), imageIndex, imageRows);
+  let embedded = embedding(g, table, ids);
+  if (pictures) {
+    const imageRows = g.input("image_rows", g.dtype, ["R", c.hidden]);
+    embedded = scatterRows(g, embedded, g.input("image_index", "i64", ["R", 1]), imageRows);
+  }
   const norm = (name: string) => parameter(g, w.get(`${name}.weight`, [c.hidden]));
 
-  let residual = reshape(g, embedded, [1, -1, c.hidden], "T");
+  let residual = g.binds ? embedded : reshape(g, embedded, [1, -1, c.hidden], "T");
   let x = rmsNorm(g, residual, norm(`${names.model}.layers.0.input_layernorm`), c.epsilon);
   for (let i = 0; i < c.layers; i++) {
     const layer = `${names.model}.layers.${i}`;
@@ -58,9 +69,10 @@ export function languageGraph(c: LanguageConfig, w: TensorSource, options: Graph
     const next = i + 1 < c.layers ? `${names.model}.layers.${i + 1}.input_layernorm` : `${names.model}.norm`;
     [x, residual] = addRmsNorm(g, mlp, sum, norm(next), c.epsilon);
   }
-  const hidden = reshape(g, x, [-1, c.hidden], "T");
+  const hidden = g.binds ? x : reshape(g, x, [-1, c.hidden], "T");
   g.output("hidden", hidden);
-  g.output("logits", linear(g, gather(g, hidden, logitRows), [headWeight(c, w, names)]));
+  const wanted = pictures ? gather(g, hidden, g.input("logit_rows", "i64", ["K"])) : hidden;
+  g.output("logits", linear(g, wanted, [headWeight(c, w, names)]));
   return g;
 }
 

@@ -1,7 +1,7 @@
 /** Layers that several models share, over weights by their checkpoint names. */
-import type { Graph, StoredTensor, Value } from "../graph/graph.ts";
-import { type CacheInputs, groupQueryAttention } from "../ops/attention.ts";
-import { add, cast, mul, silu } from "../ops/elementwise.ts";
+import type { Dim, Graph, StoredTensor, Value } from "../graph/graph.ts";
+import { type CacheInputs, groupQueryAttention, type OwnCacheInputs, ownAttention } from "../ops/attention.ts";
+import { add, cast, gatedSilu, mul, silu } from "../ops/elementwise.ts";
 import { int8MatMul, matMul, matMulNBits } from "../ops/matmul.ts";
 import { addRmsNorm } from "../ops/norm.ts";
 import { concat, gather, transpose } from "../ops/shape.ts";
@@ -9,12 +9,12 @@ import type { TensorSource } from "./weights.ts";
 
 /** A stored tensor in the graph's own type. Casts and transpositions of weights are done once, when a session loads. */
 export function parameter(g: Graph, stored: StoredTensor): Value {
-  return cast(g, g.weight(stored), g.dtype);
+  return g.binds ? g.bind([stored]) : cast(g, g.weight(stored), g.dtype);
 }
 
 /** Rows of a stored table: cast after they are picked, so that there is no second copy of the whole. */
 export function embedding(g: Graph, table: StoredTensor, ids: Value): Value {
-  return cast(g, gather(g, g.weight(table), ids), g.dtype);
+  return g.binds ? gather(g, g.bind([table]), ids) : cast(g, gather(g, g.weight(table), ids), g.dtype);
 }
 
 /** Columns of a quantized matrix that share a scale. */
@@ -45,14 +45,18 @@ export function matrix(w: TensorSource, name: string, shape: readonly [rows: num
 /** x · Wᵀ (+ b) for one or several stored [out,in] matrices side by side, e.g. q, k and v in one product. */
 export function linear(g: Graph, x: Value, weights: Matrix[], biases: StoredTensor[] = []): Value {
   const side = (tensors: StoredTensor[]) =>
-    concat(
-      g,
-      tensors.map((t) => parameter(g, t)),
-      0,
-    );
+    g.binds
+      ? g.bind(tensors)
+      : concat(
+          g,
+          tensors.map((t) => parameter(g, t)),
+          0,
+        );
   const y = weights.every((m) => "packed" in m)
     ? quantizedProduct(g, x, weights)
-    : product(g, x, side(weights as StoredTensor[]));
+    : g.binds
+      ? matMul(g, x, g.bind(weights as StoredTensor[], true))
+      : product(g, x, side(weights as StoredTensor[]));
   return biases.length ? add(g, y, side(biases)) : y;
 }
 
@@ -62,15 +66,15 @@ function product(g: Graph, x: Value, matrix: Value): Value {
 }
 
 function quantizedProduct(g: Graph, x: Value, weights: QuantizedMatrix[]): Value {
-  const packed = concat(
-    g,
-    weights.map((m) => g.weight(m.packed)),
-    0,
+  const side = (tensors: StoredTensor[], one: (t: StoredTensor) => Value) =>
+    g.binds ? g.bind(tensors) : concat(g, tensors.map(one), 0);
+  const packed = side(
+    weights.map((m) => m.packed),
+    (t) => g.weight(t),
   );
-  const scales = concat(
-    g,
-    weights.map((m) => parameter(g, m.scales)),
-    0,
+  const scales = side(
+    weights.map((m) => m.scales),
+    (t) => parameter(g, t),
   );
   return matMulNBits(g, x, packed, scales, weights[0].shape[1]);
 }
@@ -88,8 +92,8 @@ export function gatedMlp(
   const weight = (part: string) =>
     matrix(w, `${name}.${part}_proj.weight`, part === "down" ? [size, inner] : [inner, size]);
   const vector = (part: string) => w.get(`${name}.${part}_proj.bias`, [part === "down" ? size : inner]);
-  const project = (part: string) => linear(g, x, [weight(part)], bias ? [vector(part)] : []);
-  const gated = mul(g, silu(g, project("gate")), project("up"));
+  const project = (...parts: string[]) => linear(g, x, parts.map(weight), bias ? parts.map(vector) : []);
+  const gated = g.binds ? gatedSilu(g, project("gate", "up")) : mul(g, silu(g, project("gate")), project("up"));
   return linear(g, gated, [weight("down")], bias ? [vector("down")] : []);
 }
 
@@ -103,40 +107,47 @@ export interface DecoderLayerConfig {
   epsilon: number;
 }
 
-/** Self-attention over the KV cache `layer`, whose memory becomes inputs and outputs of the graph. x [1,T,hidden]. */
+/** Self-attention over the KV cache `layer`, whose memory becomes inputs (and outputs) of the graph. x [1,T,hidden] or [T,hidden]. */
 export function cachedAttention(
   g: Graph,
   x: Value,
   w: TensorSource,
   name: string,
   layer: number,
-  cache: CacheInputs,
+  cache: CacheInputs | OwnCacheInputs,
   c: DecoderLayerConfig,
 ): Value {
   const { hidden, heads, kvHeads, headSize } = c;
   const rows = { q: heads * headSize, k: kvHeads * headSize, v: kvHeads * headSize };
   const matrices = Object.entries(rows).map(([p, n]) => matrix(w, `${name}.${p}_proj.weight`, [n, hidden]));
-  const biases = Object.entries(rows).map(([p, n]) => c.qkvBias && w.get(`${name}.${p}_proj.bias`, [n]));
-  const qkv = linear(
-    g,
-    x,
-    matrices,
-    biases.filter((b) => b !== false),
-  );
+  const biases = c.qkvBias ? Object.entries(rows).map(([p, n]) => w.get(`${name}.${p}_proj.bias`, [n])) : [];
   const shape = [1, kvHeads, "M", headSize];
   const past = { key: g.input(`key.${layer}`, g.dtype, shape), value: g.input(`value.${layer}`, g.dtype, shape) };
-  const { out, key, value } = groupQueryAttention(g, qkv, past, cache, {
+  const out = matrix(w, `${name}.o_proj.weight`, [hidden, heads * headSize]);
+  if ("control" in cache) {
+    const bias = biases.length ? g.bind(biases) : null;
+    return linear(g, ownAttention(g, linear(g, x, matrices), bias, past, cache, heads * headSize), [out]);
+  }
+  const attended = groupQueryAttention(g, linear(g, x, matrices, biases), past, cache, {
     query: heads,
     keyValue: kvHeads,
     size: headSize,
   });
-  g.output(`${past.key.name}.next`, key);
-  g.output(`${past.value.name}.next`, value);
-  return linear(g, out, [matrix(w, `${name}.o_proj.weight`, [hidden, heads * headSize])]);
+  g.output(`${past.key.name}.next`, attended.key);
+  g.output(`${past.value.name}.next`, attended.value);
+  return linear(g, attended.out, [out]);
 }
 
-/** The inputs of a pass over a KV cache, declared once a graph. */
-export function cacheInputs(g: Graph, headSize: number): CacheInputs {
+/** The inputs of a pass over a KV cache, declared once a graph; `operator` names our own attention, where that is used. */
+export function cacheInputs(g: Graph, headSize: number, operator: string): CacheInputs | OwnCacheInputs {
+  if (g.binds) {
+    const ints = (name: string, shape: Dim[]) => g.input(name, "i32", shape);
+    const angles = (name: string) => g.input(name, "f32", ["R", headSize / 2]);
+    return {
+      ...{ cos: angles("cos"), sin: angles("sin"), positions: ints("positions", ["T"]) },
+      ...{ mask: ints("mask", ["T", 4]), control: ints("control", [4]), operator },
+    };
+  }
   return {
     lastRow: g.input("last_row", "i32", [1]),
     capacity: g.input("capacity", "i32", [1]),
@@ -144,7 +155,6 @@ export function cacheInputs(g: Graph, headSize: number): CacheInputs {
     sin: g.input("sin", g.dtype, ["R", headSize / 2]),
     positions: g.input("positions", "i64", [1, "T"]),
     bias: g.input("bias", g.dtype, [1, 1, "T", "M"]),
-    fusedRotary: g.options.fusedRotary,
   };
 }
 

@@ -46,7 +46,10 @@ export interface Draft {
   rope: { cos: Float32Array; sin: Float32Array };
 }
 
-export interface Model extends Omit<Checkpoint, "weights" | "draft"> {
+/** What a checkpoint's small files say. */
+export type ModelFiles = Omit<Checkpoint, "weights" | "draft">;
+
+export interface Model extends ModelFiles {
   vision: Session;
   language: Session;
   /** Moves cache rows; only where the host can't. */
@@ -105,7 +108,7 @@ function tokenizerFiles(folder: string): Pick<Checkpoint, "tokenizer" | "tokeniz
  */
 export function graphs(
   { family, config, weights, draft }: Checkpoint,
-  options: GraphOptions = { dtype: "f32", fusedRotary: true, int8: false },
+  options: GraphOptions = { dtype: "f32", attention: "fused", int8: false },
   int8Draft = false,
 ) {
   const head = headWeight(config.language, weights, config.names);
@@ -142,7 +145,11 @@ export function loadModel(
   const checkpoint = describe(folder, draftFolder);
   const { config } = checkpoint;
   config.contextLength = Math.min(config.contextLength, context ?? config.contextLength);
-  const options = { dtype: "f32" as const, fusedRotary: runtime.device === "cpu", int8: false };
+  const options = {
+    dtype: "f32" as const,
+    attention: runtime.device === "cpu" ? ("fused" as const) : ("split" as const),
+    int8: false,
+  };
   const { vision, language, mover, draft } = graphs(checkpoint, options, int8Draft);
   const session = (graph: Graph, threads?: number) => runtime.session(encodeOnnx(graph), { threads });
   const draftConfig = checkpoint.draft?.config;

@@ -1,5 +1,6 @@
 /** Attention, in ONNX Runtime's fused kernels. */
 import type { Graph, Value } from "../graph/graph.ts";
+import { CUSTOM_DOMAIN } from "../graph/onnx.ts";
 import { split } from "./shape.ts";
 
 /** What every layer of a cached decoder pass shares. T tokens, M rows of room in the cache. */
@@ -15,8 +16,6 @@ export interface CacheInputs {
   positions: Value;
   /** [1,1,T,M]: added to the scores; -inf hides a row. */
   bias: Value;
-  /** Whether the attention kernel turns query and key itself (see GraphOptions). */
-  fusedRotary: boolean;
 }
 
 /**
@@ -31,7 +30,8 @@ export function groupQueryAttention(
   cache: CacheInputs,
   heads: { query: number; keyValue: number; size: number },
 ): { out: Value; key: Value; value: Value } {
-  const { lastRow, capacity, cos, sin, positions, bias, fusedRotary } = cache;
+  const { lastRow, capacity, cos, sin, positions, bias } = cache;
+  const fusedRotary = g.options.attention === "fused";
   const { query, keyValue, size } = heads;
   const kvSize = keyValue * size;
   const split3 = (x: Value) => split(g, x, [query * size, kvSize, kvSize]);
@@ -48,6 +48,35 @@ export function groupQueryAttention(
     "com.microsoft",
   );
   return { out, key, value };
+}
+
+/** What every layer of a pass shares where the attention is our own (cuda/attention.cu says what each holds). */
+export interface OwnCacheInputs {
+  /** f32 [M,head/2] each. */
+  cos: Value;
+  sin: Value;
+  /** i32 [T], [T,4] and [4]. */
+  positions: Value;
+  mask: Value;
+  control: Value;
+  /** Name of the operator: it knows the numbers of heads. */
+  operator: string;
+}
+
+/**
+ * The same as groupQueryAttention with bias and rotary embedding, in a kernel of our own that reads lengths and masks from
+ * the device. qkv [T,(heads+2·kvHeads)·head], bias of as many numbers or null; the caches change in place. [T,heads·head].
+ */
+export function ownAttention(
+  g: Graph,
+  qkv: Value,
+  bias: Value | null,
+  past: { key: Value; value: Value },
+  { cos, sin, positions, mask, control, operator }: OwnCacheInputs,
+  width: number,
+): Value {
+  const inputs = [qkv, bias, past.key, past.value, cos, sin, positions, mask, control];
+  return g.node(operator, inputs, [{ dtype: qkv.dtype, shape: [qkv.shape[0], width] }], {}, CUSTOM_DOMAIN)[0];
 }
 
 /** Uncached attention of all to all. q, k, v [B,S,heads·head]; bias [B,1,S,S], added to the scores, or null. */

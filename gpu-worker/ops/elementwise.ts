@@ -1,6 +1,7 @@
 /** Operations on each element: names are ONNX's. */
 import { DTYPES, type DType } from "../engine/runtime.ts";
 import type { Dim, Graph, Value } from "../graph/graph.ts";
+import { CUSTOM_DOMAIN } from "../graph/onnx.ts";
 
 /** Shape of two operands by NumPy's broadcasting rule. */
 export function broadcast(a: readonly Dim[], b: readonly Dim[]): Dim[] {
@@ -33,6 +34,12 @@ const gate = (alpha: number) => (g: Graph, x: Value) =>
 export const silu = gate(1);
 /** x · sigmoid(1.702 x), as CLIP has it. */
 export const quickGelu = gate(1.702);
+
+/** silu(x[..,:n]) · x[..,n:] of x [..,2n], in a kernel of our own. */
+export function gatedSilu(g: Graph, x: Value): Value {
+  const shape = [...x.shape.slice(0, -1), (x.shape.at(-1) as number) / 2];
+  return g.node("GatedSilu", [x], [{ dtype: x.dtype, shape }], {}, CUSTOM_DOMAIN)[0];
+}
 
 /** Exact (erf) GELU. */
 export function gelu(g: Graph, x: Value): Value {

@@ -1,17 +1,19 @@
 /** What the decode loop asks of a drafter; plain decoding is the drafter that proposes only the root. */
-import type { Context, Fresh } from "../../engine/context.ts";
+import type { Fresh, Sequence } from "../target.ts";
 import { rootOnly, type Tree } from "../tree.ts";
 
-export interface Drafter {
+export interface Drafter<S extends Sequence = Sequence> {
   /** The most nodes of a tree, root included. */
   readonly maxTree: number;
   /** A sequence's drafting state, made after its prefill. */
-  start(context: Context): Drafting;
+  start(sequence: S): Drafting;
 }
 
 export interface Drafting {
   /** A tree rooted at the last token of the text; `fresh` is what the text gained since the last call. */
   propose(fresh: Fresh): Tree;
+  /** Starts early on what `propose` will be asked for with the same `fresh`; logits of the tree before are gone then. */
+  ahead?(fresh: Fresh): void;
 }
 
 /** Plain decoding. */

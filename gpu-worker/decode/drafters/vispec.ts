@@ -1,8 +1,9 @@
 /** ViSpec's drafter: builds the tree from the draft model's candidates (EAGLE-2's dynamic tree). Knows no verification. */
-import type { Context, Fresh } from "../../engine/context.ts";
+import type { Context } from "../../engine/context.ts";
 import { type Candidates, DraftSequence } from "../../engine/draft.ts";
 import type { Runtime } from "../../engine/runtime.ts";
 import type { Model } from "../../model/model.ts";
+import type { Fresh } from "../target.ts";
 import { rootOnly, type Tree } from "../tree.ts";
 import type { Drafter, Drafting } from "./drafter.ts";
 import type { Plan } from "./plan.ts";
@@ -112,10 +113,10 @@ function grow(root: number, seen: Seen, kept: number[]): Tree {
 }
 
 /** `plan` is asked for a plan at the start of every sequence; all have the same bounds. */
-export function vispecDrafter(runtime: Runtime, model: Model, plan: () => Plan): Drafter {
+export function vispecDrafter(runtime: Runtime, model: Model, plan: () => Plan): Drafter<Context> {
   const { maxTree, maxDepth, topK } = plan();
   const rows = Math.max(topK, maxDepth + 2);
-  const drafter: Drafter = {
+  const drafter: Drafter<Context> = {
     maxTree,
     start(context: Context) {
       const make = () => new DraftSequence(runtime, model, context, rows, topK * maxDepth, topK);

@@ -1,0 +1,268 @@
+/** `vispec bench --device cuda`: what passes, prompts and answers cost on the GPU, beside what its memory allows. */
+import sharp from "sharp";
+import type { Sampling } from "../../shared/protocol.ts";
+import { decode } from "../decode/decode.ts";
+import type { Drafter } from "../decode/drafters/drafter.ts";
+import { MENU } from "../decode/drafters/menu.ts";
+import type { TreeShape } from "../decode/drafters/plan.ts";
+import { Sampler, uniforms } from "../decode/sample.ts";
+import { childWith, type Tree } from "../decode/tree.ts";
+import type { Path } from "../decode/verify.ts";
+import { PLAIN } from "../engine/cuda/cycle.ts";
+import { always, cudaDrafter } from "../engine/cuda/drafter.ts";
+import type { CudaModel } from "../engine/cuda/model.ts";
+import type { CudaTarget } from "../engine/cuda/target.ts";
+import { encodePicture } from "../engine/images.ts";
+import { DTYPES } from "../engine/runtime.ts";
+import type { Prompt } from "../engine/target.ts";
+import type { LocalEngine } from "../engine-local.ts";
+import { decodeImage } from "../input/decode.ts";
+
+/** The paper's tree. */
+const PAPER: TreeShape = MENU.find(({ totalToken, depth }) => totalToken === 30 && depth === 3)!;
+const NODES = [1, 8, 16, 32, 48, 64];
+const ANSWER = 256;
+const REPEATS = 15;
+const GREEDY: Sampling = {
+  ...{ temperature: 0, topK: 0, topP: 1, minP: 0, seed: 0 },
+  ...{ repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] },
+};
+
+const median = (values: number[]) => values.toSorted((a, b) => a - b)[values.length >> 1];
+const nameOf = ({ totalToken, depth, topK }: TreeShape) => `${totalToken}/${depth}/${topK}`;
+
+export interface CudaBench {
+  /** Mean drafts accepted a cycle that decoding is forced to, for studies of cost. */
+  accept: number[];
+  /** Tokens of the prompt. */
+  past: number;
+  rounds: number;
+}
+
+/** TB/s of the device's memory: a copy counts what is read and what is written. */
+function ratesOf({ cuda, elementwise }: CudaModel) {
+  const bytes = Math.min(2 ** 31, Math.floor(cuda.freeMemory / 4 / 2 ** 20) * 2 ** 20);
+  const memory = cuda.alloc(2 * bytes);
+  cuda.fill(memory, 0x3a, 2 * bytes);
+  const best = (run: () => void) => Math.min(...Array.from({ length: REPEATS }, () => cuda.milliseconds(run)));
+  const copy = (2 * bytes) / best(() => cuda.upload(memory + BigInt(bytes), memory, bytes)) / 1e9;
+  const read = (2 * bytes) / best(() => elementwise.readAll(memory, memory, 2 * bytes)) / 1e9;
+  cuda.free(memory);
+  return { copy, read };
+}
+
+/** Milliseconds of the device for passes after `past` rows, each a replayed graph. */
+function passesOf(target: CudaTarget, past: number) {
+  const { model } = target;
+  using sequence = target.begin({ expanded: model.family.expandPrompt([0], []), imageRows: [] });
+  target.prefill(sequence, past);
+  const time = (run: () => void) => {
+    using graph = model.cuda.capture(run);
+    return median(Array.from({ length: REPEATS }, () => model.cuda.milliseconds(() => graph.launch())));
+  };
+  const cycleOf = (shape: TreeShape) => {
+    sequence.step(shape);
+    sequence.step(shape);
+    return sequence.cycle(shape);
+  };
+  const verify = NODES.map((totalToken) => {
+    const shape = totalToken === 1 ? PLAIN : { totalToken, depth: model.draft ? 3 : 0, topK: model.draft ? 8 : 1 };
+    const cycle = cycleOf(shape);
+    return time(() => cycle.queueVerify());
+  });
+  if (!model.draft) return { verify, cycles: {} };
+  const cycles = Object.fromEntries(
+    MENU.map((shape) => {
+      const cycle = cycleOf(shape);
+      return [nameOf(shape), { draft: time(() => cycle.queueDraft()), verify: time(() => cycle.queueVerify()) }];
+    }),
+  );
+  return { verify, cycles };
+}
+
+/** The chance of each draft after an accepted one that gives a mean of `mean` with drafts of `levels`. */
+function chanceOf(mean: number, levels: number): number {
+  const expected = (q: number) => Array.from({ length: levels }, (_, i) => q ** (i + 1)).reduce((a, b) => a + b, 0);
+  let [low, high] = [0, 1];
+  for (let i = 0; i < 50; i++) {
+    const middle = (low + high) / 2;
+    if (expected(middle) < mean) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+/** What stands in for verification: first children, each with that chance. */
+function forced(mean: number, shape: TreeShape): (tree: Tree) => Path {
+  const [chance, uniform] = [chanceOf(mean, shape.depth + 1), uniforms(1)];
+  return (tree) => {
+    const path: Path = { nodes: [0], tokens: [] };
+    for (let node = 0; uniform() < chance; ) {
+      const child = tree.parents.indexOf(node);
+      if (child < 0 || tree.tokens[child] < 0 || childWith(tree, node, tree.tokens[child]) < 0) break;
+      path.nodes.push(child);
+      path.tokens.push(tree.tokens[child]);
+      node = child;
+    }
+    path.tokens.push(tree.tokens[0]);
+    return path;
+  };
+}
+
+interface Speed {
+  decoding: string;
+  tokensPerSecond: number;
+  meanAccepted: number;
+  cycleMs: number;
+  /** Of the time that the device did nothing for the cycles. */
+  hostShare: number;
+}
+
+/** One answer of a fixed length; time counts from the first cycle on. */
+async function speedOf(
+  decoding: string,
+  { target, prompt, drafter, gpuMs }: { target: CudaTarget; prompt: Prompt; drafter: Drafter; gpuMs?: number },
+  accept: ((tree: Tree) => Path) | undefined,
+  signal: AbortSignal,
+): Promise<Speed> {
+  const options = { samplers: [new Sampler(GREEDY)], maxTokens: ANSWER, stopTokens: new Set<number>(), signal, accept };
+  let [tokens, cycles, accepted, begun] = [0, 0, 0, 0];
+  for await (const choice of decode(target, drafter as never, prompt, options))
+    for await (const cycle of choice) {
+      if (begun > 0) {
+        tokens += cycle.tokens.length;
+        accepted += cycle.accepted;
+        cycles++;
+      } else begun = performance.now();
+    }
+  const ms = performance.now() - begun;
+  const hostShare = gpuMs === undefined ? Number.NaN : Math.max(0, 1 - (cycles * gpuMs) / ms);
+  return {
+    decoding,
+    tokensPerSecond: (1000 * tokens) / ms,
+    meanAccepted: accepted / cycles,
+    cycleMs: ms / cycles,
+    hostShare,
+  };
+}
+
+/** Milliseconds from a picture's bytes to the first token, by part; medians over pictures never seen before. */
+async function firstTokenOf(engine: LocalEngine, target: CudaTarget, signal: AbortSignal) {
+  const { model } = target;
+  const parts: Record<"decode" | "vision" | "prefill" | "total", number>[] = [];
+  let tokens = 0;
+  for (let i = 0; i < 6; i++) {
+    const bytes = await noise(i);
+    const begun = performance.now();
+    const picture = await decodeImage(bytes);
+    const decoded = performance.now();
+    const image = encodePicture(engine.runtime, model, picture);
+    const seen = performance.now();
+    const text = new Array<number>(32).fill(0);
+    const expanded = model.family.expandPrompt([...text, model.config.imageToken, ...text], [image]);
+    const options = { samplers: [new Sampler(GREEDY)], maxTokens: 1, stopTokens: new Set<number>(), signal };
+    const prompt = { expanded, imageRows: [image.rows] };
+    for await (const choice of decode(target, engine.plain as never, prompt, options)) for await (const _ of choice);
+    const end = performance.now();
+    tokens = expanded.tokens.length;
+    parts.push({ decode: decoded - begun, vision: seen - decoded, prefill: end - seen, total: end - begun });
+  }
+  const names = ["decode", "vision", "prefill", "total"] as const;
+  return { tokens, ...Object.fromEntries(names.map((name) => [name, median(parts.slice(1).map((p) => p[name]))])) };
+}
+
+/** A JPEG of 896 × 896 pixels, smooth noise. */
+function noise(seed: number): Promise<Buffer> {
+  const uniform = uniforms(seed + 1);
+  const small = Uint8Array.from({ length: 32 * 32 * 3 }, () => 256 * uniform());
+  return sharp(small, { raw: { width: 32, height: 32, channels: 3 } })
+    .resize(896, 896)
+    .jpeg()
+    .toBuffer();
+}
+
+/** Prints tables, or JSON; the engine must be on CUDA. */
+export async function benchCuda(engine: LocalEngine, bench: CudaBench, signal: AbortSignal) {
+  const [model, target] = [engine.parts.model as CudaModel, engine.parts.target as CudaTarget];
+  const rates = ratesOf(model);
+  const past = Math.min(bench.past, model.config.contextLength - ANSWER - 1);
+  const passes = passesOf(target, past);
+  const { language } = model.config;
+  const kv = 2 * language.layers * language.kvHeads * language.headSize * DTYPES[model.dtype].bytes * past;
+  const limit = (bytes: number) => bytes / Math.max(rates.copy, rates.read) / 1e9;
+  const limits = { plain: limit(model.passBytes.target + kv), draft: limit(model.passBytes.draft) };
+  const prompt = { expanded: model.family.expandPrompt(new Array<number>(past).fill(0), []), imageRows: [] };
+  const speeds: Speed[] = [];
+  const add = async (name: string, drafter: Drafter, gpuMs?: number, accept?: (tree: Tree) => Path) => {
+    const rows: Speed[] = [];
+    for (let i = 0; i < bench.rounds; i++)
+      rows.push(await speedOf(name, { target, prompt, drafter, gpuMs }, accept, signal));
+    const middle = median(rows.map((row) => row.tokensPerSecond));
+    speeds.push(rows.find((row) => row.tokensPerSecond === middle)!);
+  };
+  await add("plain", engine.plain, target.measure([PLAIN], past + ANSWER / 2)[0]);
+  if (model.draft) {
+    const gpuMs = target.measure([PAPER], past + ANSWER / 2)[0];
+    const paper = cudaDrafter(always(PAPER)) as Drafter;
+    for (const mean of bench.accept) {
+      await add(`${nameOf(PAPER)}, ${mean} forced`, paper, gpuMs, forced(mean, PAPER));
+    }
+  }
+  const firstToken = await firstTokenOf(engine, target, signal);
+  return { device: model.cuda.name, dtype: model.dtype, rates, passBytes: model.passBytes, past, limits, nodes: NODES, passes, speeds, firstToken }; // biome-ignore format: one list
+}
+
+type Result = Awaited<ReturnType<typeof benchCuda>>;
+
+export function printCuda({
+  device,
+  dtype,
+  rates,
+  passBytes,
+  past,
+  limits,
+  nodes,
+  passes,
+  speeds,
+  firstToken,
+}: Result) {
+  const f = (x: number, digits = 3) => x.toFixed(digits);
+  const row = (cells: (string | number)[]) => console.log(`| ${cells.join(" | ")} |`);
+  const head = (cells: (string | number)[]) => {
+    row(cells);
+    row(cells.map(() => "---"));
+  };
+  console.log(`${device}, ${dtype}; copies at ${f(rates.copy, 2)} TB/s, reads at ${f(rates.read, 2)} TB/s\n`);
+  console.log(
+    `weights a pass: target ${f(passBytes.target / 1e9, 2)} GB, draft ${f(passBytes.draft / 1e9, 2)} GB; ` +
+      `limits after ${past} rows: plain ${f(limits.plain)} ms, draft pass ${f(limits.draft)} ms\n`,
+  );
+  head(["verify, nodes", ...nodes]);
+  row(["ms", ...passes.verify.map((ms) => f(ms))]);
+  row(["× plain", ...passes.verify.map((ms) => f(ms / passes.verify[0]))]);
+  row(["× limit", ...passes.verify.map((ms) => f(ms / limits.plain))]);
+  console.log("");
+  if (Object.keys(passes.cycles).length > 0) {
+    head(["tree", "draft ms", "a draft pass", "verify ms", "cycle × plain"]);
+    for (const [name, { draft, verify }] of Object.entries(passes.cycles)) {
+      const each = draft / (Number(name.split("/")[1]) + 1);
+      row([name, f(draft), f(each), f(verify), f((draft + verify) / passes.verify[0])]);
+    }
+    console.log("");
+  }
+  head(["decoding", "tokens/s", "× plain", "mean accepted", "cycle ms", "host share"]);
+  for (const s of speeds) {
+    const ratio = s.tokensPerSecond / speeds[0].tokensPerSecond;
+    row([
+      s.decoding,
+      f(s.tokensPerSecond, 1),
+      f(ratio, 2),
+      f(s.meanAccepted, 2),
+      f(s.cycleMs),
+      `${f(100 * s.hostShare, 1)} %`,
+    ]);
+  }
+  console.log("");
+  head(Object.keys(firstToken).map((name) => (name === "tokens" ? "prompt tokens" : `${name} ms`)));
+  row(Object.entries(firstToken).map(([name, value]) => (name === "tokens" ? value : f(value as number, 1))));
+}

@@ -1,0 +1,163 @@
+// Attention of one layer over its KV cache, with rotary positions, for chunks of a prompt and for trees of up to 128
+// tokens: what attention.cu (16 bits) and attention-f32.cu share.
+//
+// Everything that changes from pass to pass is read from device memory (`control`, `positions`, `mask`), so a captured
+// launch serves every length. Token t's keys and values go to cache row past + first + t. It sees the columns before
+// `past` and, if causal, those up to its own; else column past + j where bit j of its mask is set.
+//
+// Rows of the cache that no token sees may hold anything; a token that sees nothing gets zeros. `capacity` must be past
+// + first + tokens or more: what lies beyond is left out.
+// Defines: HEAD (a multiple of 16, at most 128) and one of F16, BF16, F32. attention.ts chooses the grids.
+
+#if F32
+using value = float;
+#else
+using value = unsigned short;
+#endif
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int HALF = HEAD / 2;
+/** A thread turns eight elements and their partners half a head on: so many such items make a head. */
+constexpr int ITEMS = HEAD / 16;
+/** The score of a column that is not seen: below any, and finite, so that no difference is NaN. */
+constexpr float NOTHING = -1e38f;
+
+/** qkv, out: [tokens,(heads + 2 kvHeads) HEAD], [tokens,heads HEAD]; keys, values: [kvHeads,capacity,HEAD]. */
+struct Pass {
+  const value *qkv, *bias;
+  value *keys, *values;
+  const float *cos, *sin;
+  const int *positions, *mask, *control;
+  value *out;
+  /** [kvHeads,rows,splits,HEAD] and, per split of a row, {largest score in log2, sum}. */
+  float *partials;
+  float2 *sums;
+  int tokens, heads, kvHeads, capacity;
+};
+
+#define INPUTS                                                                                                       \
+  const value *qkv, const value *bias, value *keys, value *values, const float *cos, const float *sin,               \
+      const int *positions, const int *mask, const int *control, value *out, float *partials, float2 *sums,          \
+      int tokens, int heads, int kvHeads, int capacity
+#define PASS                                                                                                         \
+  Pass{qkv,     bias, keys,     values, cos,    sin,   positions, mask,                                               \
+       control, out,  partials, sums,   tokens, heads, kvHeads,   capacity}
+
+struct Eight {
+  float x[8];
+};
+
+__device__ Eight read8(const float* from) {
+  const float4 a = ((const float4*)from)[0], b = ((const float4*)from)[1];
+  return {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+}
+#if F32
+__device__ void write8(float* to, const Eight& e) {
+  ((float4*)to)[0] = make_float4(e.x[0], e.x[1], e.x[2], e.x[3]);
+  ((float4*)to)[1] = make_float4(e.x[4], e.x[5], e.x[6], e.x[7]);
+}
+#else
+__device__ u32 pack(float low, float high) {
+  u32 both;
+#if F16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
+  return both;
+}
+__device__ void unpack(u32 both, float& low, float& high) {
+#if F16
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(low), "=f"(high) : "r"(both));
+#else
+  low = __uint_as_float(both << 16);
+  high = __uint_as_float(both & 0xffff0000u);
+#endif
+}
+__device__ Eight read8(const value* from) {
+  const uint4 raw = *(const uint4*)from;
+  Eight e;
+  unpack(raw.x, e.x[0], e.x[1]);
+  unpack(raw.y, e.x[2], e.x[3]);
+  unpack(raw.z, e.x[4], e.x[5]);
+  unpack(raw.w, e.x[6], e.x[7]);
+  return e;
+}
+__device__ void write8(value* to, const Eight& e) {
+  *(uint4*)to = make_uint4(pack(e.x[0], e.x[1]), pack(e.x[2], e.x[3]), pack(e.x[4], e.x[5]), pack(e.x[6], e.x[7]));
+}
+#endif
+
+/** Elements d … d+7 of a head of a token's qkv row, the bias added. */
+__device__ Eight element8(const Pass& p, int token, int head, int d) {
+  const int at = head * HEAD + d;
+  Eight e = read8(p.qkv + (size_t)token * (p.heads + 2 * p.kvHeads) * HEAD + at);
+  if (p.bias) {
+    const Eight bias = read8(p.bias + at);
+    for (int i = 0; i < 8; i++) e.x[i] += bias.x[i];
+  }
+  return e;
+}
+
+/** Elements d … d+7 of a query's or key's head (d < HALF) and their partners, turned by the token's position. */
+__device__ void turned(const Pass& p, int token, int head, int d, Eight& low, Eight& high) {
+  const Eight a = element8(p, token, head, d), b = element8(p, token, head, d + HALF);
+  const size_t at = (size_t)p.positions[token] * HALF + d;
+  const Eight cos = read8(p.cos + at), sin = read8(p.sin + at);
+  for (int i = 0; i < 8; i++) {
+    low.x[i] = a.x[i] * cos.x[i] - b.x[i] * sin.x[i];
+    high.x[i] = b.x[i] * cos.x[i] + a.x[i] * sin.x[i];
+  }
+}
+
+/** Elements d … d+7 and their partners of a token's key and value, as the cache holds them. */
+struct Item {
+  Eight keyLow, keyHigh, low, high;
+  __device__ Item(const Pass& p, int token, int kv, int d) {
+    turned(p, token, p.heads + kv, d, keyLow, keyHigh);
+    low = element8(p, token, p.heads + p.kvHeads + kv, d);
+    high = element8(p, token, p.heads + p.kvHeads + kv, d + HALF);
+  }
+  __device__ void write(value* key, value* val) const {
+    write8(key, keyLow);
+    write8(key + HALF, keyHigh);
+    write8(val, low);
+    write8(val + HALF, high);
+  }
+};
+
+/** Puts the keys and values of all tokens into the cache; one thread an item. */
+extern "C" __global__ void store(INPUTS) {
+  const Pass p = PASS;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int d = i % ITEMS * 8, kv = i / ITEMS % kvHeads, token = i / ITEMS / kvHeads;
+  if (token >= tokens) return;
+  const int column = control[0] + control[1] + token;
+  if (column >= capacity) return;
+  const size_t at = ((size_t)kv * capacity + column) * HEAD + d;
+  Item(p, token, kv, d).write(keys + at, values + at);
+}
+
+/** The columns past + j that a token sees, as 128 bits. */
+struct Bits {
+  u64 low, high;
+  __device__ bool has(int j) const { return ((j < 64 ? low : high) >> (j & 63)) & 1; }
+};
+__device__ Bits bitsOf(const Pass& p, int token) {
+  const ulonglong2 raw = ((const ulonglong2*)p.mask)[token];
+  return {raw.x, raw.y};
+}
+/** Columns that any token sees. */
+__device__ Bits seenByAny(const Pass& p) {
+  Bits all = {0, 0};
+  for (int t = threadIdx.x % 32; t < p.tokens; t += 32) {
+    const Bits bits = bitsOf(p, t);
+    all = {all.low | bits.low, all.high | bits.high};
+  }
+  const auto join = [](u64 x) {
+    return (u64)__reduce_or_sync(~0u, (u32)(x >> 32)) << 32 | __reduce_or_sync(~0u, (u32)x);
+  };
+  return {join(all.low), join(all.high)};
+}

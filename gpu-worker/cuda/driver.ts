@@ -1,0 +1,294 @@
+/**
+ * The CUDA driver: memory, copies, kernels and captured graphs on one stream of the first GPU. Knows nothing of models,
+ * nor of ONNX Runtime, whose CUDA provider uses the same (primary) context and can be given the same stream.
+ */
+import koffi from "koffi";
+import { api, call, fail, get, loadDriver } from "./libcuda.ts";
+import { compileCubin } from "./nvrtc.ts";
+
+/** Values of CUdevice_attribute, CUfunction_attribute, CUstream_flags and CUstreamCaptureMode (cuda.h). */
+const MULTIPROCESSORS = 16;
+const CAPABILITY = { major: 75, minor: 76 };
+const MAX_DYNAMIC_SHARED = 8;
+const NON_BLOCKING = 1;
+const RELAXED = 2;
+const OUT_OF_MEMORY = 2;
+
+/** Bytes of dynamic shared memory that a kernel may use without asking. */
+const PLAIN_SHARED = 48 * 1024;
+/** Bytes of parameters that a kernel can have on every architecture. */
+const MOST_PARAMETERS = 4096;
+
+/** Memory of the host that stays where it is. Kernels may read and write it too, at the same address, by PCIe. */
+export interface Pinned {
+  pointer: bigint;
+  buffer: ArrayBuffer;
+}
+
+let opened: Cuda | undefined;
+
+/**
+ * The first GPU. All work goes to one stream, in order; only `synchronize` and `milliseconds` wait for it. Errors of
+ * kernels show in a later call, as CUDA has it.
+ */
+export class Cuda {
+  readonly name: string;
+  /** CUstream. It does not wait for the default stream. */
+  readonly stream: bigint;
+  readonly multiprocessors: number;
+  /** Compute capability as NVRTC writes it, e.g. sm_90. */
+  readonly arch: string;
+  /** Bytes. */
+  readonly totalMemory: number;
+  readonly #newest: number;
+  #events: [bigint, bigint] | undefined;
+
+  /** The one of this process. @throws Error that says what is missing: the driver, or a GPU. */
+  static open(): Cuda {
+    opened ??= new Cuda();
+    return opened;
+  }
+
+  private constructor() {
+    loadDriver();
+    this.#newest = Math.floor(get<number>("cuDriverGetVersion") / 1000);
+    const device = get<number>("cuDeviceGet", 0);
+    const attribute = (id: number) => get<number>("cuDeviceGetAttribute", id, device);
+    const name = Buffer.alloc(256);
+    call("cuDeviceGetName", name, name.length, device);
+    this.name = name.toString("latin1", 0, name.indexOf(0));
+    this.multiprocessors = attribute(MULTIPROCESSORS);
+    this.arch = `sm_${attribute(CAPABILITY.major)}${attribute(CAPABILITY.minor)}`;
+    call("cuCtxSetCurrent", get("cuDevicePrimaryCtxRetain", device));
+    this.totalMemory = this.#memory()[1];
+    this.stream = get("cuStreamCreate", NON_BLOCKING);
+  }
+
+  #memory(): [free: number, total: number] {
+    const [free, total]: [number | bigint][] = [[0], [0]];
+    call("cuMemGetInfo_v2", free, total);
+    return [Number(free[0]), Number(total[0])];
+  }
+
+  /** Bytes that are free at this moment. */
+  get freeMemory(): number {
+    return this.#memory()[0];
+  }
+
+  /** Device memory, with whatever was there. */
+  alloc(bytes: number): bigint {
+    const out: [bigint] = [0n];
+    const result = api.cuMemAlloc_v2(out, bytes) as number;
+    if (result === OUT_OF_MEMORY)
+      throw new Error(`CUDA: no room for ${bytes} bytes on the ${this.name}: ${this.freeMemory} are free`);
+    if (result !== 0) fail("cuMemAlloc_v2", result);
+    return out[0];
+  }
+
+  /** Waits for all work on the device. */
+  free(pointer: bigint): void {
+    call("cuMemFree_v2", pointer);
+  }
+
+  pinned(bytes: number): Pinned {
+    const pointer = get("cuMemHostAlloc", bytes, 0);
+    return { pointer, buffer: koffi.view(pointer, bytes) };
+  }
+
+  /** The buffer is empty from then on; what was sent to or from it must be over. */
+  freePinned({ pointer, buffer }: Pinned): void {
+    buffer.transfer(0);
+    call("cuMemFreeHost", pointer);
+  }
+
+  /** Queues a copy to the device, from the host or the device. */
+  upload(to: bigint, from: Pinned | bigint, bytes: number): void {
+    call("cuMemcpyAsync", to, typeof from === "bigint" ? from : from.pointer, bytes, this.stream);
+  }
+
+  /** Queues a copy from the device; what it brings is there after `synchronize`. */
+  download(to: Pinned | bigint, from: bigint, bytes: number): void {
+    call("cuMemcpyAsync", typeof to === "bigint" ? to : to.pointer, from, bytes, this.stream);
+  }
+
+  /** Queues setting every one of the bytes to `byte`. */
+  fill(pointer: bigint, byte: number, bytes: number): void {
+    call("cuMemsetD8Async", pointer, byte, bytes, this.stream);
+  }
+
+  /** Waits until everything that was queued is done. */
+  synchronize(): void {
+    call("cuStreamSynchronize", this.stream);
+  }
+
+  /** Compiles a source that includes nothing; `name` is what errors call it. @throws Error with the compiler's log. */
+  compile(source: string, defines: Record<string, number>, name?: string): Module {
+    const cubin = compileCubin(source, defines, this.arch, { name, newest: this.#newest });
+    return new Module(get("cuModuleLoadData", cubin), this.stream);
+  }
+
+  /**
+   * The work that `run` queues, as a graph that can be launched any number of times; none of it is done now. What `run`
+   * throws goes on. Memory must not be allocated or freed by it, and nothing may wait for the stream.
+   */
+  capture(run: () => void): CapturedGraph {
+    call("cuStreamBeginCapture_v2", this.stream, RELAXED);
+    try {
+      run();
+    } catch (error) {
+      const graph: [bigint | null] = [null];
+      // Its status does not matter: what went wrong is `error`, and the stream is usable again in any case.
+      api.cuStreamEndCapture(this.stream, graph);
+      if (graph[0]) api.cuGraphDestroy(graph[0]);
+      throw error;
+    }
+    const out: [bigint] = [0n];
+    call("cuStreamEndCapture", this.stream, out);
+    try {
+      return new CapturedGraph(get("cuGraphInstantiateWithFlags", out[0], 0), this.stream);
+    } finally {
+      call("cuGraphDestroy", out[0]);
+    }
+  }
+
+  /** Milliseconds that the device takes for what `run` queues; waits for it. */
+  milliseconds(run: () => void): number {
+    this.#events ??= [get("cuEventCreate", 0), get("cuEventCreate", 0)];
+    const [from, to] = this.#events;
+    call("cuEventRecord", from, this.stream);
+    run();
+    call("cuEventRecord", to, this.stream);
+    call("cuEventSynchronize", to);
+    return get<number>("cuEventElapsedTime", from, to);
+  }
+}
+
+/** Work that was captured. */
+export class CapturedGraph implements Disposable {
+  readonly #exec: bigint;
+  readonly #stream: bigint;
+
+  constructor(exec: bigint, stream: bigint) {
+    this.#exec = exec;
+    this.#stream = stream;
+  }
+
+  /** Queues the work once more. */
+  launch(): void {
+    call("cuGraphLaunch", this.#exec, this.#stream);
+  }
+
+  [Symbol.dispose](): void {
+    call("cuGraphExecDestroy", this.#exec);
+  }
+}
+
+/** Compiled kernels. */
+export class Module implements Disposable {
+  readonly #handle: bigint;
+  readonly #stream: bigint;
+
+  constructor(handle: bigint, stream: bigint) {
+    this.#handle = handle;
+    this.#stream = stream;
+  }
+
+  /** The kernel of that name, which must be `extern "C"`. */
+  kernel(name: string): Kernel {
+    const out: [bigint] = [0n];
+    const result = api.cuModuleGetFunction(out, this.#handle, name) as number;
+    if (result !== 0) fail(`kernel ${name}`, result);
+    return new Kernel(name, out[0], this.#stream);
+  }
+
+  [Symbol.dispose](): void {
+    call("cuModuleUnload", this.#handle);
+  }
+}
+
+export type Argument = bigint | number | { float: number };
+
+/** CU_LAUNCH_PARAM_*: what says that parameters come as one buffer, not as a pointer to each. */
+const [END, BUFFER, BUFFER_SIZE] = [0n, 1n, 2n];
+
+/** The buffer of parameters and what points to it; launches copy it, so one is enough for all kernels. */
+interface Parameters {
+  u64: BigUint64Array;
+  i32: Int32Array;
+  f32: Float32Array;
+  /** void*[5] for cuLaunchKernel. */
+  extra: bigint;
+  size: BigUint64Array;
+}
+let parameters: Parameters | undefined;
+
+function newParameters(): Parameters {
+  const memory = koffi.alloc("uint64", MOST_PARAMETERS / 8 + 6) as bigint;
+  const buffer = koffi.view(memory, MOST_PARAMETERS);
+  const extra = memory + BigInt(MOST_PARAMETERS);
+  const size = extra + 40n;
+  new BigUint64Array(koffi.view(extra, 40)).set([BUFFER, memory, BUFFER_SIZE, size, END]);
+  return {
+    u64: new BigUint64Array(buffer),
+    i32: new Int32Array(buffer),
+    f32: new Float32Array(buffer),
+    extra,
+    size: new BigUint64Array(koffi.view(size, 8)),
+  };
+}
+
+export class Kernel {
+  readonly #name: string;
+  readonly #handle: bigint;
+  readonly #stream: bigint;
+  #shared = PLAIN_SHARED;
+
+  constructor(name: string, handle: bigint, stream: bigint) {
+    this.#name = name;
+    this.#handle = handle;
+    this.#stream = stream;
+  }
+
+  /**
+   * Queues the kernel on blocks of `threads` threads with `shared` bytes of dynamic shared memory. The arguments are
+   * laid out as C does: a bigint takes 8 bytes (a pointer), a number is an int, {float} a float. Their number and
+   * kinds are not checked.
+   */
+  launch(
+    [x, y, z]: readonly [number, number, number],
+    threads: number,
+    shared: number,
+    ...args: readonly Argument[]
+  ): void {
+    if (shared > this.#shared) {
+      const result = api.cuFuncSetAttribute(this.#handle, MAX_DYNAMIC_SHARED, shared) as number;
+      if (result !== 0) fail(`${shared} bytes of shared memory for kernel ${this.#name}`, result);
+      this.#shared = shared;
+    }
+    parameters ??= newParameters();
+    const { u64, i32, f32, extra, size } = parameters;
+    let at = 0; // in units of 4 bytes
+    for (const arg of args)
+      if (typeof arg === "bigint") {
+        at += at & 1;
+        u64[at >> 1] = arg;
+        at += 2;
+      } else if (typeof arg === "number") i32[at++] = arg;
+      else f32[at++] = arg.float;
+    size[0] = BigInt(at * 4);
+    const result = api.cuLaunchKernel(
+      this.#handle,
+      x,
+      y,
+      z,
+      threads,
+      1,
+      1,
+      shared,
+      this.#stream,
+      null,
+      extra,
+    ) as number;
+    if (result !== 0) fail(`kernel ${this.#name} on [${x}, ${y}, ${z}] x ${threads}`, result);
+  }
+}

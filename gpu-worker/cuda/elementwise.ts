@@ -1,0 +1,62 @@
+/** The small kernels of elementwise.cu. */
+import { readFileSync } from "node:fs";
+import { join } from "node:path";
+import type { Cuda, Kernel } from "./driver.ts";
+
+/** Element types, as the kernels number them. */
+export type Float = "f32" | "f16" | "bf16";
+const TYPES: Record<Float, number> = { f32: 0, f16: 1, bf16: 2 };
+const NAMES = ["convert", "turn", "gatherRows", "keepRows", "gatedSilu", "readAll"] as const;
+const THREADS = 256;
+const BLOCKS = 2048;
+const TILE = 32;
+
+/** Every method queues one kernel; pointers are device addresses. */
+export class Elementwise {
+  readonly #kernels: Record<(typeof NAMES)[number], Kernel>;
+
+  constructor(cuda: Cuda) {
+    const source = readFileSync(join(import.meta.dirname, "elementwise.cu"), "utf8");
+    const module = cuda.compile(source, {}, "elementwise.cu");
+    const kernels = NAMES.map((name) => [name, module.kernel(name)]);
+    this.#kernels = Object.fromEntries(kernels) as Record<(typeof NAMES)[number], Kernel>;
+  }
+
+  /** `n` values from one type to another. */
+  convert(to: bigint, toType: Float, from: bigint, fromType: Float, n: number): void {
+    const blocks = Math.min(BLOCKS, Math.ceil(n / THREADS));
+    this.#kernels.convert.launch([blocks, 1, 1], THREADS, 0, to, from, n, TYPES[toType], TYPES[fromType]);
+  }
+
+  /** from [rows,columns] to columns `at` and on of to [columns,stride]. */
+  turn(
+    to: { data: bigint; type: Float; at: number; stride: number },
+    from: { data: bigint; type: Float; rows: number; columns: number },
+  ): void {
+    const { rows, columns } = from;
+    const grid = [Math.ceil(columns / TILE), Math.ceil(rows / TILE), 1] as const;
+    const types = [TYPES[to.type], TYPES[from.type]];
+    this.#kernels.turn.launch(grid, THREADS, 0, to.data, from.data, rows, columns, to.at, to.stride, ...types);
+  }
+
+  /** out[r] = table[index[r]] for rows of `width` values; index i32. */
+  gatherRows(out: bigint, table: bigint, index: bigint, rows: number, width: number, type: Float): void {
+    this.#kernels.gatherRows.launch([rows, 1, 1], THREADS, 0, out, table, index, width, TYPES[type]);
+  }
+
+  /** Rows after row `from` to the rows that a cycle keeps, as the cycle's counts say (tree.cu); rows of `bytes`. */
+  keepRows(rows: bigint, cycle: bigint, from: number, bytes: number, most: number): void {
+    this.#kernels.keepRows.launch([most, 1, 1], THREADS, 0, rows, cycle, from, bytes);
+  }
+
+  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner even. */
+  gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float): void {
+    const threads = type === "f32" ? inner : inner / 2;
+    this.#kernels.gatedSilu.launch([Math.ceil(threads / THREADS), rows, 1], THREADS, 0, out, x, inner, TYPES[type]);
+  }
+
+  /** Reads bytes (a multiple of 16) once and forgets them: what a bandwidth is measured by. */
+  readAll(from: bigint, out: bigint, bytes: number): void {
+    this.#kernels.readAll.launch([BLOCKS, 1, 1], THREADS, 0, from, out, bytes / 16);
+  }
+}

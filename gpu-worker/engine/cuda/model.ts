@@ -1,0 +1,226 @@
+/** A checkpoint on the GPU: weights in device memory, sessions over them, and the kernels of our own. */
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import { z } from "zod";
+import { CheckpointError } from "../../../shared/errors.ts";
+import { Attention } from "../../cuda/attention.ts";
+import type { Cuda } from "../../cuda/driver.ts";
+import { Elementwise, type Float } from "../../cuda/elementwise.ts";
+import { TreeKernels } from "../../cuda/tree.ts";
+import type { Graph } from "../../graph/graph.ts";
+import { CUSTOM_DOMAIN, encodeOnnx } from "../../graph/onnx.ts";
+import { parseConfig } from "../../model/config.ts";
+import { adaptorGraph, DRAFT_ATTENTION, draftBiasGraph, draftGraph, foldGraph } from "../../model/draft.ts";
+import { headWeight, languageGraph, TARGET_ATTENTION } from "../../model/language.ts";
+import type { DecoderLayerConfig } from "../../model/layers.ts";
+import { type Checkpoint, describe, type ModelFiles } from "../../model/model.ts";
+import { frequencies, ropeTable } from "../../model/rope.ts";
+import { readJson } from "../../model/weights.ts";
+import type { CustomOp } from "../custom-op.ts";
+import type { Seeing } from "../images.ts";
+import { DTYPES, type FixedInput, type Runtime, type Session, type Tensor } from "../runtime.ts";
+import type { ImageData } from "../target.ts";
+import { DeviceWeights } from "./weights.ts";
+
+/** Most tokens of a pass. */
+export const CHUNK = 2048;
+/** Most nodes of a tree, and rows that every cache has room for beyond the context. */
+export const MAX_TREE = 128;
+/** Rows of a cycle's first draft pass: deep enough for every shape, since shapes alternate. */
+export const FRESH_ROWS = 10;
+/** Vocabularies above this are cut for the draft unless the user says otherwise. */
+const LARGE_VOCABULARY = 65_536;
+const DRAFT_VOCABULARY = 32_768;
+
+export interface CudaDraft {
+  config: NonNullable<Checkpoint["draft"]>["config"];
+  layer: Session;
+  bias: Session;
+  adaptor: Session;
+  /** Tokens that it can propose: how many, and where they are not 0, 1, 2, … their ids i32. */
+  vocabulary: number;
+  map: Tensor | undefined;
+  rope: { cos: Float32Array; sin: Float32Array };
+}
+
+export interface CudaModel extends ModelFiles, Seeing, Disposable {
+  dtype: Float;
+  cuda: Cuda;
+  runtime: Runtime;
+  elementwise: Elementwise;
+  trees: TreeKernels;
+  weights: DeviceWeights;
+  /** Over prompts, pictures in them, with the logits of some rows. */
+  prefill: Session;
+  /** Over text, with the logits of every row. */
+  text: Session;
+  draft: CudaDraft | undefined;
+  /** Rows of every cache. */
+  capacity: number;
+  /** Bytes of weights that a pass reads: of the target, of the draft with its head. */
+  passBytes: { target: number; draft: number };
+}
+
+export interface CudaOptions {
+  draft?: string;
+  context?: number;
+  /** What is computed in; by default what most of the decoder's weights are stored in. */
+  dtype?: Float;
+  /** Tokens that the draft can propose, the most frequent ones; 0: all. */
+  draftVocabulary?: number;
+}
+
+/** Describes a checkpoint and brings it to the GPU. Throws as `describe`, and an Error where memory does not suffice. */
+export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOptions): CudaModel {
+  const cuda = runtime.cuda!;
+  const { weights: source, draft: drafting, ...files } = describe(folder, options.draft);
+  const { config, family } = files;
+  const { language, names } = config;
+  config.contextLength = Math.min(config.contextLength, options.context ?? config.contextLength);
+  const capacity = config.contextLength + MAX_TREE;
+  const head = headWeight(language, source, names);
+  const dtype = options.dtype ?? (head.dtype as Float);
+  const graphOptions = { dtype, attention: "own" as const, int8: false };
+  const elementwise = new Elementwise(cuda);
+  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, capacity), gatedSiluOp(elementwise, dtype)];
+  if (drafting) ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, capacity));
+  runtime.addCustomOps(CUSTOM_DOMAIN, ops);
+  const weights = new DeviceWeights(runtime, cuda, elementwise);
+  const session = (graph: Graph, more: FixedInput[] = []) =>
+    runtime.session(encodeOnnx(graph), { fixed: [...weights.of(graph), ...more] });
+  const passBytes = { target: 0, draft: 0 };
+  const pass = (name: keyof typeof passBytes, graph: Graph, more?: FixedInput[]) => {
+    // Of the embedding a pass reads a few rows.
+    const read = weights.of(graph).filter(({ dims }) => dims[0] !== language.vocabulary);
+    passBytes[name] += read.reduce((sum, weight) => sum + bytesOf(weight), 0);
+    return session(graph, more);
+  };
+  const load = (d: NonNullable<Checkpoint["draft"]>): CudaDraft => {
+    const { hidden, headSize, ropeTheta } = d.config;
+    const tokens = draftVocabulary(options, language.vocabulary, config.eosTokens);
+    const folded = runtime.tensor(dtype, 2 * hidden * hidden, "device");
+    const fixed = { name: "folded", tensor: folded, dims: [2 * hidden, hidden] };
+    passBytes.draft = bytesOf(fixed);
+    using fold = session(foldGraph(d.config, d.weights, graphOptions));
+    using binding = fold.binding();
+    binding.output(fixed.name, folded, fixed.dims).run();
+    return {
+      config: d.config,
+      layer: pass("draft", draftGraph(d.config, d.weights, head, graphOptions, tokens), [fixed]),
+      bias: session(draftBiasGraph(d.config, d.weights, graphOptions)),
+      adaptor: session(adaptorGraph(d.config, d.weights, graphOptions)),
+      vocabulary: tokens?.length ?? language.vocabulary,
+      map: tokens && put(runtime, Int32Array.from(tokens)),
+      rope: ropeTable(capacity, frequencies(headSize, ropeTheta)),
+    };
+  };
+  const model = {
+    ...files,
+    ...{ dtype, cuda, runtime, elementwise, weights, capacity, passBytes },
+    put: (data: Float32Array | BigInt64Array) => put(runtime, data, dtype, elementwise),
+    take: (tensor: Tensor) => take(runtime, tensor),
+    trees: new TreeKernels(cuda, dtype),
+    vision: session(family.visionGraph(source, graphOptions)),
+    prefill: session(languageGraph(language, source, graphOptions, names)),
+    text: pass("target", languageGraph(language, source, graphOptions, names, false)),
+    draft: drafting && load(drafting),
+  };
+  weights.done();
+  const { draft, vision, prefill, text } = model;
+  const sessions = [vision, prefill, text, draft?.layer, draft?.bias, draft?.adaptor];
+  return {
+    ...model,
+    [Symbol.dispose]: () => {
+      for (const part of [...sessions, draft?.map, weights]) part?.[Symbol.dispose]();
+    },
+  };
+}
+
+const bytesOf = ({ tensor }: FixedInput) => tensor.elements * DTYPES[tensor.dtype].bytes;
+
+/** Data on the device, numbers in `float`. */
+export function put(
+  runtime: Runtime,
+  data: Int32Array | BigInt64Array | Float32Array,
+  float: Float = "f32",
+  elementwise?: Elementwise,
+): Tensor {
+  const dtype = data instanceof Float32Array ? "f32" : data instanceof Int32Array ? "i32" : "i64";
+  const tensor = runtime.tensor(dtype, data.length, "device");
+  const cuda = runtime.cuda!;
+  const pinned = cuda.pinned(Math.max(1, data.byteLength));
+  new Uint8Array(pinned.buffer).set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
+  cuda.upload(tensor.pointer, pinned, data.byteLength);
+  const wanted = dtype === "f32" && float !== "f32" ? runtime.tensor(float, data.length, "device") : tensor;
+  if (wanted !== tensor) elementwise!.convert(wanted.pointer, float, tensor.pointer, "f32", data.length);
+  cuda.synchronize();
+  cuda.freePinned(pinned);
+  if (wanted !== tensor) tensor[Symbol.dispose]();
+  return wanted;
+}
+
+/** A device tensor's numbers, as bits where they are of 16. */
+function take({ cuda }: Runtime, tensor: Tensor): ImageData {
+  const bytes = tensor.elements * DTYPES[tensor.dtype].bytes;
+  const pinned = cuda!.pinned(bytes);
+  cuda!.download(pinned, tensor.pointer, bytes);
+  cuda!.synchronize();
+  const data = pinned.buffer.slice(0);
+  cuda!.freePinned(pinned);
+  return tensor.dtype === "f32" ? new Float32Array(data) : new Uint16Array(data);
+}
+
+/** File beside a draft's weights: its tokens by falling frequency in the training data. */
+const Frequent = z.array(z.number().int().nonnegative());
+export const FREQUENT_FILE = "frequent_tokens.json";
+
+/**
+ * The tokens that a draft may propose: the most frequent by the draft's own list, else the first of the vocabulary (merges
+ * of byte-pair encodings come in falling frequency), with those that end an answer. Undefined for all of them.
+ */
+export function draftVocabulary(
+  { draft, draftVocabulary: asked }: CudaOptions,
+  vocabulary: number,
+  eosTokens: ReadonlySet<number>,
+): number[] | undefined {
+  const size = asked ?? (vocabulary > LARGE_VOCABULARY ? DRAFT_VOCABULARY : 0);
+  if (size === 0 || size >= vocabulary) return undefined;
+  const file = join(draft ?? "", FREQUENT_FILE);
+  const listed = existsSync(file) ? parseConfig(Frequent, readJson(file), file) : [];
+  const beyond = listed.find((id) => id >= vocabulary);
+  if (beyond !== undefined) throw new CheckpointError(`${file}: token ${beyond} is not among ${vocabulary}`);
+  const tokens = new Set(eosTokens);
+  for (const id of listed) if (tokens.size < size) tokens.add(id);
+  for (let id = 0; tokens.size < size; id++) tokens.add(id);
+  return [...tokens].sort((a, b) => a - b);
+}
+
+function attentionOp(
+  cuda: Cuda,
+  name: string,
+  { heads, kvHeads, headSize }: DecoderLayerConfig,
+  dtype: Float,
+  capacity: number,
+): CustomOp {
+  const attention = new Attention(cuda, { dtype, heads, kvHeads, headSize });
+  const float = DTYPES[dtype].onnx;
+  const [f32, i32] = [DTYPES.f32.onnx, DTYPES.i32.onnx];
+  return {
+    name,
+    inputs: [float, float, float, float, f32, f32, i32, i32, i32],
+    optional: 1,
+    columns: () => heads * headSize,
+    compute([qkv, bias, key, value, cos, sin, positions, mask, control], out, tokens) {
+      attention.launch({ qkv, bias, key, value, capacity, cos, sin, positions, mask, control, out }, tokens);
+    },
+  };
+}
+
+function gatedSiluOp(elementwise: Elementwise, dtype: Float): CustomOp {
+  return {
+    name: "GatedSilu",
+    inputs: [DTYPES[dtype].onnx],
+    columns: (columns) => columns / 2,
+    compute: ([x], out, rows, columns) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
+  };
+}

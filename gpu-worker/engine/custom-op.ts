@@ -1,0 +1,83 @@
+/** Operators of our own in ONNX Runtime's graphs: struct OrtCustomOp, made of callbacks into JavaScript. */
+import koffi from "koffi";
+
+/** An operator whose inputs are on the device and whose first has rank 2; its one output has rank 2 and the first's type. */
+export interface CustomOp {
+  name: string;
+  /** ONNXTensorElementDataType of each input. */
+  inputs: readonly number[];
+  /** Index of an input that may be left out. */
+  optional?: number;
+  /** Columns of the output, for so many of the first input. */
+  columns(columns: number): number;
+  /** Queues the kernel; the input that was left out is 0n. */
+  compute(inputs: readonly bigint[], output: bigint, rows: number, columns: number): void;
+}
+
+/** What a kernel's call needs of the API. */
+export interface KernelApi {
+  /** Address of an input, 0n for one that was left out. */
+  input(context: bigint, index: number): bigint;
+  /** Address of the output, made with these dimensions. */
+  output(context: bigint, dims: BigInt64Array): bigint;
+  /** Dimensions of the first input, of rank 2. */
+  dims(context: bigint): BigInt64Array;
+}
+
+/** Fields before GetVariadicInputMinArity are what a struct of this version must have. */
+const VERSION = 13;
+const PROVIDER = "CUDAExecutionProvider";
+// Callbacks and strings must outlive every session that knows them.
+const kept: unknown[] = [];
+let count = 0;
+
+function text(value: string): bigint {
+  const memory = koffi.alloc("char", value.length + 1);
+  for (let i = 0; i <= value.length; i++) koffi.encode(memory, i, "char", i < value.length ? value.charCodeAt(i) : 0);
+  kept.push(memory);
+  return koffi.address(memory);
+}
+
+function callback(signature: string, f: (...args: never[]) => unknown): unknown {
+  const pointer = koffi.register(f, koffi.pointer(koffi.proto(signature.replace(" f(", ` custom_${count++}(`))));
+  kept.push(pointer);
+  return pointer;
+}
+
+/**
+ * The struct of an operator for the CUDA provider. `failed` gets what compute throws: an exception must not cross the
+ * native frames between.
+ */
+export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) => void): unknown {
+  const [name, provider] = [text(op.name), text(PROVIDER)];
+  const compute = (_kernel: bigint, context: bigint) => {
+    try {
+      const inputs = op.inputs.map((_, i) => api.input(context, i));
+      const [rows, columns] = api.dims(context);
+      const out = api.output(context, BigInt64Array.of(rows, BigInt(op.columns(Number(columns)))));
+      op.compute(inputs, out, Number(rows), Number(columns));
+    } catch (error) {
+      failed(error);
+    }
+  };
+  const fields: [signature: string, f: (...args: never[]) => unknown][] = [
+    ["void* f(void* op, void* api, void* info)", () => name], // a kernel needs no state: any pointer will do
+    ["void* f(void* op)", () => name],
+    ["void* f(void* op)", () => provider],
+    ["int f(void* op, size_t index)", (_op: bigint, index: number | bigint) => op.inputs[Number(index)]],
+    ["size_t f(void* op)", () => op.inputs.length],
+    ["int f(void* op, size_t index)", () => op.inputs[0]],
+    ["size_t f(void* op)", () => 1],
+    ["void f(void* kernel, void* context)", compute],
+    ["void f(void* kernel)", () => {}],
+    ["int f(void* op, size_t index)", (_op: bigint, index: number | bigint) => (Number(index) === op.optional ? 1 : 0)],
+    ["int f(void* op, size_t index)", () => 0],
+    ["int f(void* op, size_t index)", () => 0],
+  ];
+  const struct = koffi.alloc("void*", 32);
+  kept.push(struct);
+  koffi.encode(struct, 0, "uint32_t", VERSION);
+  for (const [i, [signature, f]] of fields.entries())
+    koffi.encode(struct, 8 * (i + 1), "void*", callback(signature, f));
+  return struct;
+}
