@@ -6,7 +6,7 @@ import type { Drafter } from "../decode/drafters/drafter.ts";
 import { MENU } from "../decode/drafters/menu.ts";
 import type { TreeShape } from "../decode/drafters/plan.ts";
 import { Sampler, uniforms } from "../decode/sample.ts";
-import { childWith, type Tree } from "../decode/tree.ts";
+import type { Tree } from "../decode/tree.ts";
 import type { Path } from "../decode/verify.ts";
 import { PLAIN } from "../engine/cuda/cycle.ts";
 import { always, cudaDrafter } from "../engine/cuda/drafter.ts";
@@ -22,6 +22,8 @@ import { decodeImage } from "../input/decode.ts";
 const PAPER: TreeShape = MENU.find(({ totalToken, depth }) => totalToken === 30 && depth === 3)!;
 const NODES = [1, 8, 16, 32, 48, 64];
 const ANSWER = 256;
+/** Of a picture of about 1,000 tokens where patches are Qwen's. */
+const PIXELS = { minPixels: 896 * 896, maxPixels: 896 * 896 };
 const REPEATS = 15;
 const GREEDY: Sampling = {
   ...{ temperature: 0, topK: 0, topP: 1, minP: 0, seed: 0 },
@@ -92,20 +94,23 @@ function chanceOf(mean: number, levels: number): number {
   return low;
 }
 
-/** What stands in for verification: first children, each with that chance. */
+/**
+ * What stands in for verification: as many drafts as that chance gives, of the path to the deepest node. Drafts that the
+ * tree has no room for (its best nodes may not reach the last level) are owed to the next cycles.
+ */
 function forced(mean: number, shape: TreeShape): (tree: Tree) => Path {
-  const [chance, uniform] = [chanceOf(mean, shape.depth + 1), uniforms(1)];
+  const levels = shape.depth + 1;
+  const [chance, uniform] = [chanceOf(mean, levels), uniforms(1)];
+  let owed = 0;
   return (tree) => {
-    const path: Path = { nodes: [0], tokens: [] };
-    for (let node = 0; uniform() < chance; ) {
-      const child = tree.parents.indexOf(node);
-      if (child < 0 || tree.tokens[child] < 0 || childWith(tree, node, tree.tokens[child]) < 0) break;
-      path.nodes.push(child);
-      path.tokens.push(tree.tokens[child]);
-      node = child;
-    }
-    path.tokens.push(tree.tokens[0]);
-    return path;
+    for (let i = 0; i < levels && uniform() < chance; i++) owed++;
+    const depth = Math.max(...tree.depths);
+    const nodes: number[] = [];
+    for (let node = tree.depths.indexOf(depth); node >= 0; node = tree.parents[node]) nodes.unshift(node);
+    const taken = Math.min(owed, depth);
+    owed -= taken;
+    const kept = nodes.slice(0, taken + 1);
+    return { nodes: kept, tokens: [...kept.slice(1).map((node) => tree.tokens[node]), tree.tokens[0]] };
   };
 }
 
@@ -156,7 +161,7 @@ async function firstTokenOf(engine: LocalEngine, target: CudaTarget, signal: Abo
     const begun = performance.now();
     const picture = await decodeImage(bytes);
     const decoded = performance.now();
-    const image = encodePicture(engine.runtime, model, picture);
+    const image = encodePicture(engine.runtime, model, picture, PIXELS);
     const seen = performance.now();
     const text = new Array<number>(32).fill(0);
     const expanded = model.family.expandPrompt([...text, model.config.imageToken, ...text], [image]);
