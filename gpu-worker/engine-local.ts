@@ -95,6 +95,7 @@ export class LocalEngine implements Engine {
   readonly runtime: Runtime;
   readonly tokenizer: Tokenizer;
   readonly grammars: Grammars;
+  readonly drafter: Drafter;
   readonly #parts: Parts;
   readonly #images: ImageStore;
 
@@ -107,7 +108,8 @@ export class LocalEngine implements Engine {
       throw new CheckpointError(`${beside} is missing: no draft`);
     this.runtime = new Runtime(options);
     this.#parts = (this.runtime.cuda ? onCuda : onHost)(this.runtime, options, draft);
-    const { model } = this.#parts;
+    const { model, drafter } = this.#parts;
+    this.drafter = drafter;
     this.tokenizer = new Tokenizer(model.tokenizer, model.tokenizerConfig);
     this.#images = new ImageStore(this.runtime, model);
     const { id, created, fingerprint, config, family, tokenizer, tokenizerConfig } = model;
@@ -127,9 +129,6 @@ export class LocalEngine implements Engine {
   }
   get target(): Target {
     return this.#parts.target as Target;
-  }
-  get drafter(): Drafter {
-    return this.#parts.drafter;
   }
   get plain(): Drafter {
     return this.#parts.plain;

@@ -75,6 +75,86 @@ extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int ty
   ((u32*)((u16*)out + row * inner))[i] = (u32)high << 16 | low;
 }
 
+// out[r] = [table[ids[r]] ; hidden[hiddenRows[r]]], zeros where keep[r] is 0; blocks (rows, halves).
+extern "C" __global__ void pairRows(void* out, const void* keep, const void* table, const long long* ids,
+                                    const void* hidden, const long long* hiddenRows, int width, int type) {
+  const long long bytes = (long long)width * (type == 0 ? 4 : 2);
+  const bool kept = load(keep, blockIdx.x, type) != 0.0f;
+  const char* from = blockIdx.y ? (const char*)hidden + hiddenRows[blockIdx.x] * bytes
+                                : (const char*)table + ids[blockIdx.x] * bytes;
+  char* to = (char*)out + (blockIdx.x * 2LL + blockIdx.y) * bytes;
+  for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) *(u32*)(to + i) = kept ? *(const u32*)(from + i) : 0;
+}
+
+// Sum of a value over the block's threads, in every one of them.
+__device__ __forceinline__ float blockSum(float x) {
+  __shared__ float sums[32];
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(~0u, x, step);
+  if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5] = x;
+  __syncthreads();
+  x = threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0.0f;
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+__device__ __forceinline__ u32 pair(float low, float high, int type) {
+  return (u32)narrow(high, type) << 16 | narrow(low, type);
+}
+
+#define MOST 4
+
+// sum = x + residual, norm = sum / sqrt(mean(sum^2) + epsilon) * weight, in float32; the norm is of the sum as it is
+// stored. One block a row of at most 1024 threads; a thread keeps up to MOST pieces of 8 narrow values.
+extern "C" __global__ void addRmsNorm(void* norm, void* sum, const void* x, const void* residual, const void* weight,
+                                      int width, int type, float epsilon) {
+  const long long row = (long long)blockIdx.x * width;
+  float squares = 0.0f;
+  if (type == 0 || width % 8 || width > 8 * MOST * (int)blockDim.x) {
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+      store(sum, row + i, load(x, row + i, type) + (residual ? load(residual, row + i, type) : 0.0f), type);
+      const float s = load(sum, row + i, type);
+      squares += s * s;
+    }
+    const float scale = rsqrtf(blockSum(squares) / width + epsilon);
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+      store(norm, row + i, load(sum, row + i, type) * scale * load(weight, i, type), type);
+    return;
+  }
+  uint4 kept[MOST];
+  const uint4 none = {0, 0, 0, 0};
+#pragma unroll
+  for (int j = 0; j < MOST; j++) {
+    const int i = (j * blockDim.x + threadIdx.x) * 8;
+    if (i >= width) continue;
+    const uint4 a = *(const uint4*)((const u16*)x + row + i);
+    const uint4 b = residual ? *(const uint4*)((const u16*)residual + row + i) : none;
+    const u32* pa = &a.x;
+    const u32* pb = &b.x;
+    u32* pk = &kept[j].x;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      pk[k] = pair(widen((u16)pa[k], type) + widen((u16)pb[k], type), widen(pa[k] >> 16, type) + widen(pb[k] >> 16, type), type);
+      const float low = widen((u16)pk[k], type), high = widen(pk[k] >> 16, type);
+      squares += low * low + high * high;
+    }
+    *(uint4*)((u16*)sum + row + i) = kept[j];
+  }
+  const float scale = rsqrtf(blockSum(squares) / width + epsilon);
+#pragma unroll
+  for (int j = 0; j < MOST; j++) {
+    const int i = (j * blockDim.x + threadIdx.x) * 8;
+    if (i >= width) continue;
+    const uint4 w = *(const uint4*)((const u16*)weight + i);
+    const u32* pw = &w.x;
+    u32* pk = &kept[j].x;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      pk[k] = pair(widen((u16)pk[k], type) * scale * widen((u16)pw[k], type),
+                   widen(pk[k] >> 16, type) * scale * widen(pw[k] >> 16, type), type);
+    *(uint4*)((u16*)norm + row + i) = kept[j];
+  }
+}
+
 // Reads n pieces of 16 bytes and keeps their sum from being optimised away: the rate at which weights can come.
 extern "C" __global__ void readAll(const uint4* from, u32* out, int n) {
   u32 sum = 0;

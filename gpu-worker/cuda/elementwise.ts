@@ -6,7 +6,7 @@ import type { Cuda, Kernel } from "./driver.ts";
 /** Element types, as the kernels number them. */
 export type Float = "f32" | "f16" | "bf16";
 const TYPES: Record<Float, number> = { f32: 0, f16: 1, bf16: 2 };
-const NAMES = ["convert", "turn", "gatherRows", "keepRows", "gatedSilu", "readAll"] as const;
+const NAMES = ["convert", "turn", "gatherRows", "keepRows", "pairRows", "gatedSilu", "addRmsNorm", "readAll"] as const;
 const THREADS = 256;
 const BLOCKS = 2048;
 const TILE = 32;
@@ -53,6 +53,33 @@ export class Elementwise {
   gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float): void {
     const threads = type === "f32" ? inner : inner / 2;
     this.#kernels.gatedSilu.launch([Math.ceil(threads / THREADS), rows, 1], THREADS, 0, out, x, inner, TYPES[type]);
+  }
+
+  /** [table[ids] ; hidden[hiddenRows]] where keep is not 0, else zeros: [rows,2·width]; indices i64. */
+  pairRows(
+    out: bigint,
+    from: Record<"keep" | "table" | "ids" | "hidden" | "hiddenRows", bigint>,
+    rows: number,
+    width: number,
+    type: Float,
+  ): void {
+    const { keep, table, ids, hidden, hiddenRows } = from;
+    const grid = [rows, 2, 1] as const;
+    this.#kernels.pairRows.launch(grid, THREADS, 0, out, keep, table, ids, hidden, hiddenRows, width, TYPES[type]);
+  }
+
+  /** x [rows,width] + residual (or 0n) to sum, and sum / rms(sum) · weight [width] to norm; width even. */
+  addRmsNorm(
+    { norm, sum }: { norm: bigint; sum: bigint },
+    { x, residual, weight }: { x: bigint; residual: bigint; weight: bigint },
+    rows: number,
+    width: number,
+    epsilon: number,
+    type: Float,
+  ): void {
+    const threads = Math.min(1024, Math.ceil(width / 8 / 32) * 32);
+    const numbers = [width, TYPES[type], { float: epsilon }];
+    this.#kernels.addRmsNorm.launch([rows, 1, 1], threads, 0, norm, sum, x, residual, weight, ...numbers);
   }
 
   /** Reads bytes (a multiple of 16) once and forgets them: what a bandwidth is measured by. */

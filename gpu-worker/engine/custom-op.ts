@@ -1,32 +1,33 @@
 /** Operators of our own in ONNX Runtime's graphs: struct OrtCustomOp, made of callbacks into JavaScript. */
 import koffi from "koffi";
 
-/** An operator whose inputs are on the device and whose first has rank 2; its one output has rank 2 and the first's type. */
+/** An operator whose inputs are in the device's memory and whose first has rank 2; its outputs have rank 2 and the first's type. */
 export interface CustomOp {
   name: string;
   /** ONNXTensorElementDataType of each input. */
   inputs: readonly number[];
   /** Index of an input that may be left out. */
   optional?: number;
-  /** Columns of the output, for so many of the first input. */
+  /** 1 by default. */
+  outputs?: number;
+  /** Columns of each output, for so many of the first input. */
   columns(columns: number): number;
   /** Queues the kernel; the input that was left out is 0n. */
-  compute(inputs: readonly bigint[], output: bigint, rows: number, columns: number): void;
+  compute(inputs: readonly bigint[], outputs: readonly bigint[], rows: number, columns: number): void;
 }
 
 /** What a kernel's call needs of the API. */
 export interface KernelApi {
   /** Address of an input, 0n for one that was left out. */
   input(context: bigint, index: number): bigint;
-  /** Address of the output, made with these dimensions. */
-  output(context: bigint, dims: BigInt64Array): bigint;
+  /** Address of an output, made with these dimensions. */
+  output(context: bigint, index: number, dims: BigInt64Array): bigint;
   /** Dimensions of the first input, of rank 2. */
   dims(context: bigint): BigInt64Array;
 }
 
 /** Fields before GetVariadicInputMinArity are what a struct of this version must have. */
 const VERSION = 13;
-const PROVIDER = "CUDAExecutionProvider";
 // Callbacks and strings must outlive every session that knows them.
 const kept: unknown[] = [];
 let count = 0;
@@ -45,17 +46,18 @@ function callback(signature: string, f: (...args: never[]) => unknown): unknown 
 }
 
 /**
- * The struct of an operator for the CUDA provider. `failed` gets what compute throws: an exception must not cross the
+ * The struct of an operator for a provider, the CPU's by default. `failed` gets what compute throws: an exception must not cross the
  * native frames between.
  */
-export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) => void): unknown {
-  const [name, provider] = [text(op.name), text(PROVIDER)];
+export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) => void, where?: string): unknown {
+  const [name, provider] = [text(op.name), where === undefined ? 0n : text(where)];
   const compute = (_kernel: bigint, context: bigint) => {
     try {
       const inputs = op.inputs.map((_, i) => api.input(context, i));
       const [rows, columns] = api.dims(context);
-      const out = api.output(context, BigInt64Array.of(rows, BigInt(op.columns(Number(columns)))));
-      op.compute(inputs, out, Number(rows), Number(columns));
+      const dims = BigInt64Array.of(rows, BigInt(op.columns(Number(columns))));
+      const outputs = Array.from({ length: op.outputs ?? 1 }, (_, i) => api.output(context, i, dims));
+      op.compute(inputs, outputs, Number(rows), Number(columns));
     } catch (error) {
       failed(error);
     }
@@ -67,7 +69,7 @@ export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) 
     ["int f(void* op, size_t index)", (_op: bigint, index: number | bigint) => op.inputs[Number(index)]],
     ["size_t f(void* op)", () => op.inputs.length],
     ["int f(void* op, size_t index)", () => op.inputs[0]],
-    ["size_t f(void* op)", () => 1],
+    ["size_t f(void* op)", () => op.outputs ?? 1],
     ["void f(void* kernel, void* context)", compute],
     ["void f(void* kernel)", () => {}],
     ["int f(void* op, size_t index)", (_op: bigint, index: number | bigint) => (Number(index) === op.optional ? 1 : 0)],

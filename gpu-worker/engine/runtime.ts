@@ -80,8 +80,8 @@ const kernelApi: KernelApi = {
     const value = create(api.KernelContext_GetInput, context, index);
     return value ? create(api.GetTensorMutableData, value) : 0n;
   },
-  output(context, dims) {
-    return create(api.GetTensorMutableData, create(api.KernelContext_GetOutput, context, 0, dims, dims.length));
+  output(context, index, dims) {
+    return create(api.GetTensorMutableData, create(api.KernelContext_GetOutput, context, index, dims, dims.length));
   },
   dims(context) {
     const info = create(api.GetTensorTypeAndShape, create(api.KernelContext_GetInput, context, 0));
@@ -143,7 +143,8 @@ export class Runtime {
       this.#failure.error ??= error;
     };
     this.#customOps = create(api.CreateCustomOpDomain, domain);
-    for (const op of ops) check(api.CustomOpDomain_Add(this.#customOps, customOp(op, kernelApi, failed)));
+    const provider = this.cuda && "CUDAExecutionProvider";
+    for (const op of ops) check(api.CustomOpDomain_Add(this.#customOps, customOp(op, kernelApi, failed, provider)));
   }
 
   /** True where device memory is memory that JavaScript can read and write. */
@@ -172,7 +173,7 @@ export class Runtime {
       if (this.#customOps) check(api.AddCustomOpDomain(settings, this.#customOps));
       const session = create(api.CreateSessionFromArray, environment, model, model.length, settings);
       if (!this.cuda) this.#deviceAllocator ??= create(api.CreateAllocator, session, this.#deviceInfo);
-      const run = this.cuda ? this.#runCuda : (handle: Handle, binding: Handle) => this.#run(handle, binding);
+      const run = this.#customOps ? this.#runCustom : (handle: Handle, binding: Handle) => this.#run(handle, binding);
       // On CUDA a session lives as long as the process: buffers that it frees on the stream can bring its allocator down
       // with them, in a callback that may not call CUDA, which ends the process (seen with ONNX Runtime 1.29).
       const release = () => this.cuda || api.ReleaseSession(session);
@@ -186,7 +187,7 @@ export class Runtime {
     check(api.RunWithBinding(session, this.#runOptions, binding));
   }
 
-  readonly #runCuda = (session: Handle, binding: Handle): void => {
+  readonly #runCustom = (session: Handle, binding: Handle): void => {
     this.#run(session, binding);
     const { error } = this.#failure;
     this.#failure.error = undefined;

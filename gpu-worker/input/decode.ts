@@ -108,7 +108,7 @@ function sampleOf(bytes: Uint8Array, deep: boolean): (value: number) => number {
 
 /** Gray (1), gray with alpha (2), RGB (3) or RGB with alpha (4 channels) to RGB. */
 function rgbOf({ data, width, height, channels }: Raw, sample: (value: number) => number): Uint8Array {
-  if (channels === 3 && data instanceof Uint8Array) return new Uint8Array(data);
+  if (channels === 3 && data instanceof Uint8Array) return new Uint8Array(data.buffer, data.byteOffset, data.length);
   const out = new Uint8Array(width * height * 3);
   const [green, blue] = channels < 3 ? [0, 0] : [1, 2];
   for (let from = 0, to = 0; to < out.length; from += channels, to += 3) {

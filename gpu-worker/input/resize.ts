@@ -6,10 +6,6 @@ const PRECISION_BITS = 22;
 const ONE_HALF = 1 << (PRECISION_BITS - 1);
 const BICUBIC_RADIUS = 2;
 
-/** Rounded sums, shifted to -LOWEST .. 255 + LOWEST; bicubic's overshoot stays far within. */
-const LOWEST = 512;
-const CLIP = Uint8ClampedArray.from({ length: 2 * LOWEST + 256 }, (_, i) => i - LOWEST);
-
 /** For every output position: the first input position, how many there are, and their weights (`stride` apart). */
 interface Weights {
   first: Int32Array;
@@ -21,18 +17,17 @@ interface Weights {
 /**
  * The picture at `width` x `height` (integers of at least 1). Horizontal pass first, only for rows that the vertical
  * pass reads; each pass rounds to 8 bits. A picture over 100 times as tall as wide that gets shorter has its vertical
- * pass first. An unchanged size gives a copy.
+ * pass first. An unchanged size gives the picture itself.
  */
 export function resizeBicubic(picture: Picture, width: number, height: number): Picture {
   if (!Number.isInteger(width) || !Number.isInteger(height) || width < 1 || height < 1)
     throw new RangeError(`The size ${width}x${height} is not one of positive integers.`);
+  if (width === picture.width && height === picture.height) return picture;
   if (picture.height > 100 * picture.width && height < picture.height && width !== picture.width)
     return resizeBicubic(resizeBicubic(picture, picture.width, height), width, height);
   const across = width === picture.width ? null : weights(picture.width, width);
-  if (height === picture.height) {
-    const rgb = across ? horizontal(picture, across, 0, picture.height) : new Uint8Array(picture.rgb);
-    return { width, height, rgb };
-  }
+  if (across && height === picture.height)
+    return { width, height, rgb: horizontal(picture, across, 0, picture.height) };
   const down = weights(picture.height, height);
   const top = down.first[0];
   const bottom = down.first[height - 1] + down.count[height - 1];
@@ -79,50 +74,85 @@ function fixed(weight: number): number {
   return Math.trunc(weight * (1 << PRECISION_BITS) + (weight < 0 ? -0.5 : 0.5));
 }
 
-/** Rows `top` to `bottom` of the picture, each filtered to `across.first.length` pixels. */
+/** Rows `top` to `bottom` of the picture, each filtered to `across.first.length` pixels; two at a time share weights. */
 function horizontal(picture: Picture, across: Weights, top: number, bottom: number): Uint8Array {
   const { first, count, weight, stride } = across;
   const width = first.length;
   const source = picture.rgb;
-  const out = new Uint8Array(width * (bottom - top) * 3);
-  let to = 0;
-  for (let y = top; y < bottom; y++) {
-    const row = y * picture.width * 3;
-    for (let x = 0; x < width; x++) {
+  const sourceRow = picture.width * 3;
+  const row = width * 3;
+  const out = new Uint8ClampedArray(row * (bottom - top));
+  for (let y = top, to = 0; y < bottom; y += 2, to += row) {
+    // From one row to the other; the last of an odd number stands in for both.
+    const [down, outDown] = y + 1 < bottom ? [sourceRow, row] : [0, 0];
+    for (let x = 0; x < width; x++, to += 3) {
       let r = ONE_HALF;
       let g = ONE_HALF;
       let b = ONE_HALF;
-      let at = row + first[x] * 3;
+      let r2 = ONE_HALF;
+      let g2 = ONE_HALF;
+      let b2 = ONE_HALF;
+      let at = y * sourceRow + first[x] * 3;
       const end = x * stride + count[x];
       for (let k = x * stride; k < end; k++, at += 3) {
         const w = weight[k];
+        const below = at + down;
         r = (r + Math.imul(source[at], w)) | 0;
         g = (g + Math.imul(source[at + 1], w)) | 0;
         b = (b + Math.imul(source[at + 2], w)) | 0;
+        r2 = (r2 + Math.imul(source[below], w)) | 0;
+        g2 = (g2 + Math.imul(source[below + 1], w)) | 0;
+        b2 = (b2 + Math.imul(source[below + 2], w)) | 0;
       }
-      out[to] = CLIP[(r >> PRECISION_BITS) + LOWEST];
-      out[to + 1] = CLIP[(g >> PRECISION_BITS) + LOWEST];
-      out[to + 2] = CLIP[(b >> PRECISION_BITS) + LOWEST];
-      to += 3;
+      const under = to + outDown;
+      out[to] = r >> PRECISION_BITS;
+      out[to + 1] = g >> PRECISION_BITS;
+      out[to + 2] = b >> PRECISION_BITS;
+      out[under] = r2 >> PRECISION_BITS;
+      out[under + 1] = g2 >> PRECISION_BITS;
+      out[under + 2] = b2 >> PRECISION_BITS;
     }
   }
-  return out;
+  return new Uint8Array(out.buffer);
 }
 
 /** `source` holds rows of `row` samples from input row `top` on. Sums a whole row at a time: memory is read in order. */
 function vertical(source: Uint8Array, row: number, down: Weights, top: number): Uint8Array {
   const { first, count, weight, stride } = down;
-  const out = new Uint8Array(row * first.length);
+  const out = new Uint8ClampedArray(row * first.length);
   const sum = new Int32Array(row);
-  for (let y = 0; y < first.length; y++) {
+  for (let y = 0, to = 0; y < first.length; y++, to += row) {
+    const from = (first[y] - top) * row;
+    if (count[y] <= 6) {
+      six(out, to, source, { row, from, count: count[y], weight, at: y * stride });
+      continue;
+    }
     sum.fill(ONE_HALF);
     for (let k = 0; k < count[y]; k++) {
       const w = weight[y * stride + k];
-      const from = (first[y] - top + k) * row;
-      for (let i = 0; i < row; i++) sum[i] = (sum[i] + Math.imul(source[from + i], w)) | 0;
+      const start = from + k * row;
+      for (let i = 0; i < row; i++) sum[i] = (sum[i] + Math.imul(source[start + i], w)) | 0;
     }
-    const to = y * row;
-    for (let i = 0; i < row; i++) out[to + i] = CLIP[(sum[i] >> PRECISION_BITS) + LOWEST];
+    for (let i = 0; i < row; i++) out[to + i] = sum[i] >> PRECISION_BITS;
   }
-  return out;
+  return new Uint8Array(out.buffer);
+}
+
+/** One row of `out` of up to six rows of `source`, in one loop: what a picture takes that grows, or shrinks a little. */
+function six(
+  out: Uint8ClampedArray,
+  to: number,
+  source: Uint8Array,
+  { row, from, count, weight, at }: { row: number; from: number; count: number; weight: Int32Array; at: number },
+): void {
+  // Row 0 with weight 0 stands in for those that there are fewer than six.
+  const w = (k: number) => (k < count ? weight[at + k] : 0);
+  const r = (k: number) => (k < count ? from + k * row : 0);
+  const [w0, w1, w2, w3, w4, w5] = [w(0), w(1), w(2), w(3), w(4), w(5)];
+  const [r0, r1, r2, r3, r4, r5] = [r(0), r(1), r(2), r(3), r(4), r(5)];
+  for (let i = 0; i < row; i++) {
+    const a = Math.imul(source[r0 + i], w0) + Math.imul(source[r1 + i], w1) + Math.imul(source[r2 + i], w2);
+    const b = Math.imul(source[r3 + i], w3) + Math.imul(source[r4 + i], w4) + Math.imul(source[r5 + i], w5);
+    out[to + i] = ((ONE_HALF + a + b) | 0) >> PRECISION_BITS;
+  }
 }

@@ -6,7 +6,7 @@ import { CheckpointError } from "../../shared/errors.ts";
 import { Graph, type GraphOptions, type StoredTensor, type Value } from "../graph/graph.ts";
 import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
 import { gemm, int8MatMul, matMul } from "../ops/matmul.ts";
-import { concat, gather, reshape, slice, topK, transpose } from "../ops/shape.ts";
+import { concat, gather, pairRows, reshape, slice, topK, transpose } from "../ops/shape.ts";
 import { parseConfig } from "./config.ts";
 import type { FamilyConfig } from "./family.ts";
 import {
@@ -206,8 +206,9 @@ export function draftGraph(
   const logitRows = g.input("logit_rows", "i64", ["K"]);
   const cache = cacheInputs(g, c.headSize, DRAFT_ATTENTION);
   const table = w.get("embed_tokens.weight", [c.vocabulary, d]);
-  const pair = concat(g, [embedding(g, table, ids), gather(g, hidden, hiddenRows)], 1);
-  const kept = mul(g, pair, keep);
+  const kept = g.binds
+    ? pairRows(g, keep, g.bind([table]), ids, hidden, hiddenRows)
+    : mul(g, concat(g, [embedding(g, table, ids), gather(g, hidden, hiddenRows)], 1), keep);
   const fused = g.binds
     ? add(g, matMul(g, kept, g.input("folded", g.dtype, [2 * d, d])), rowBias)
     : options.int8

@@ -61,7 +61,8 @@ export function languageGraph(
   const norm = (name: string) => parameter(g, w.get(`${name}.weight`, [c.hidden]));
 
   let residual = g.binds ? embedded : reshape(g, embedded, [1, -1, c.hidden], "T");
-  let x = rmsNorm(g, residual, norm(`${names.model}.layers.0.input_layernorm`), c.epsilon);
+  const first = norm(`${names.model}.layers.0.input_layernorm`);
+  let x = g.binds ? addRmsNorm(g, residual, null, first, c.epsilon)[0] : rmsNorm(g, residual, first, c.epsilon);
   for (let i = 0; i < c.layers; i++) {
     const layer = `${names.model}.layers.${i}`;
     const attended = cachedAttention(g, x, w, `${layer}.self_attn`, i, cache, c);

@@ -1,5 +1,6 @@
 /** Normalisations, in ONNX Runtime's fused kernels. */
 import type { Graph, Value } from "../graph/graph.ts";
+import { CUSTOM_DOMAIN } from "../graph/onnx.ts";
 
 /** (x − mean) / standard deviation · weight + bias over the last axis. */
 export function layerNorm(g: Graph, x: Value, weight: Value, bias: Value, epsilon: number): Value {
@@ -13,15 +14,22 @@ export function rmsNorm(g: Graph, x: Value, weight: Value, epsilon: number): Val
   return g.node("SimplifiedLayerNormalization", [x, weight], [{ dtype: x.dtype, shape: x.shape }], attributes)[0];
 }
 
-/** The sum x + residual, and its RMS norm, in one kernel. */
+/** Operator of our own for an epsilon. */
+export const normName = (epsilon: number) => `AddRmsNorm${String(epsilon).replace(/\W/g, "_")}`;
+
+/** The sum x + residual, and its RMS norm, in one kernel; where operators are our own the residual may be null. */
 export function addRmsNorm(
   g: Graph,
   x: Value,
-  residual: Value,
+  residual: Value | null,
   weight: Value,
   epsilon: number,
 ): [norm: Value, sum: Value] {
   const out = { dtype: x.dtype, shape: x.shape };
+  if (g.binds) {
+    const [norm, sum] = g.node(normName(epsilon), [x, residual, weight], [out, out], {}, CUSTOM_DOMAIN);
+    return [norm, sum];
+  }
   const [norm, , , sum] = g.node(
     "SkipSimplifiedLayerNormalization",
     [x, residual, weight],

@@ -1,5 +1,7 @@
 /** Operations that move elements without computing: names are ONNX's. */
 import type { Dim, Graph, Value } from "../graph/graph.ts";
+import { CUSTOM_DOMAIN } from "../graph/onnx.ts";
+import { cast } from "./elementwise.ts";
 
 /** `shape` may hold one -1, worked out by the run, which gets the name `rest`. */
 export function reshape(g: Graph, x: Value, shape: readonly number[], rest: Dim = "rest"): Value {
@@ -20,6 +22,8 @@ export function concat(g: Graph, xs: readonly Value[], axis: number): Value {
 
 /** x [a,n,…] with `rows` rows of zeros before each of its n. */
 export function padFront(g: Graph, x: Value, rows: number): Value {
+  // CUDA's Pad knows no bfloat16.
+  if (x.dtype === "bf16") return cast(g, padFront(g, cast(g, x, "f32"), rows), "bf16");
   const pads = x.shape.map((_, i) => (i === 1 ? rows : 0));
   const shape = x.shape.map((d, i) => (i === 1 ? (d as number) + rows : d));
   return g.node("Pad", [x, g.ints([...pads, ...x.shape.map(() => 0)])], [{ dtype: x.dtype, shape }])[0];
@@ -42,6 +46,12 @@ export function gather(g: Graph, x: Value, index: Value): Value {
   return g.node("Gather", [x, index], [{ dtype: x.dtype, shape: [...index.shape, ...x.shape.slice(1)] }], {
     axis: 0,
   })[0];
+}
+
+/** [table[ids] ; hidden[rows]] · keep, [T,2D], in one kernel of our own; table [V,D], hidden [N,D], keep [T,1]. */
+export function pairRows(g: Graph, keep: Value, table: Value, ids: Value, hidden: Value, rows: Value): Value {
+  const shape = [keep.shape[0], 2 * (table.shape[1] as number)];
+  return g.node("PairRows", [keep, table, ids, hidden, rows], [{ dtype: table.dtype, shape }], {}, CUSTOM_DOMAIN)[0];
 }
 
 /** Rows `index` [n] of a cache [1,H,M,d]. */

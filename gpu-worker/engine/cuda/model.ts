@@ -16,6 +16,7 @@ import type { DecoderLayerConfig } from "../../model/layers.ts";
 import { type Checkpoint, describe, type ModelFiles } from "../../model/model.ts";
 import { frequencies, ropeTable } from "../../model/rope.ts";
 import { readJson } from "../../model/weights.ts";
+import { normName } from "../../ops/norm.ts";
 import type { CustomOp } from "../custom-op.ts";
 import type { Seeing } from "../images.ts";
 import { DTYPES, type FixedInput, type Runtime, type Session, type Tensor } from "../runtime.ts";
@@ -83,7 +84,13 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const graphOptions = { dtype, attention: "own" as const, int8: false };
   const elementwise = new Elementwise(cuda);
   const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, capacity), gatedSiluOp(elementwise, dtype)];
-  if (drafting) ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, capacity));
+  ops.push(addRmsNormOp(elementwise, normName(language.epsilon), dtype, language.epsilon));
+  if (drafting) {
+    const { epsilon, hidden } = drafting.config;
+    ops.push(pairRowsOp(elementwise, dtype, hidden));
+    ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, capacity + MAX_TREE));
+    if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, normName(epsilon), dtype, epsilon));
+  }
   runtime.addCustomOps(CUSTOM_DOMAIN, ops);
   const weights = new DeviceWeights(runtime, cuda, elementwise);
   const session = (graph: Graph, more: FixedInput[] = []) =>
@@ -210,7 +217,7 @@ function attentionOp(
     inputs: [float, float, float, float, f32, f32, i32, i32, i32],
     optional: 1,
     columns: () => heads * headSize,
-    compute([qkv, bias, key, value, cos, sin, positions, mask, control], out, tokens) {
+    compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], tokens) {
       attention.launch({ qkv, bias, key, value, capacity, cos, sin, positions, mask, control, out }, tokens);
     },
   };
@@ -221,6 +228,32 @@ function gatedSiluOp(elementwise: Elementwise, dtype: Float): CustomOp {
     name: "GatedSilu",
     inputs: [DTYPES[dtype].onnx],
     columns: (columns) => columns / 2,
-    compute: ([x], out, rows, columns) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
+    compute: ([x], [out], rows, columns) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
+  };
+}
+
+function pairRowsOp(elementwise: Elementwise, dtype: Float, width: number): CustomOp {
+  const [float, i64] = [DTYPES[dtype].onnx, DTYPES.i64.onnx];
+  return {
+    name: "PairRows",
+    inputs: [float, float, i64, float, i64],
+    columns: () => 2 * width,
+    compute([keep, table, ids, hidden, hiddenRows], [out], rows) {
+      elementwise.pairRows(out, { keep, table, ids, hidden, hiddenRows }, rows, width, dtype);
+    },
+  };
+}
+
+function addRmsNormOp(elementwise: Elementwise, name: string, dtype: Float, epsilon: number): CustomOp {
+  const float = DTYPES[dtype].onnx;
+  return {
+    name,
+    inputs: [float, float, float],
+    optional: 1,
+    outputs: 2,
+    columns: (columns) => columns,
+    compute([x, residual, weight], [norm, sum], rows, columns) {
+      elementwise.addRmsNorm({ norm, sum }, { x, residual, weight }, rows, columns, epsilon, dtype);
+    },
   };
 }

@@ -1,0 +1,92 @@
+/**
+ * The goldens on an NVIDIA GPU: node test/cuda.ts (after npm run cuda). In float32 every answer must be Hugging Face's,
+ * token for token, plain and with trees. In 16 bits an answer may part from the CPU's, and a tree's from plain decoding's,
+ * only where the target's two likeliest tokens lie within MARGIN of each other; how often that was is printed. Exit code 1
+ * otherwise. Run by hand: neither npm test nor CI has a GPU.
+ */
+import { seedOf } from "../gpu-worker/decode/sample.ts";
+import { type EngineOptions, LocalEngine } from "../gpu-worker/engine-local.ts";
+import { answer, type Case, families, prepare, tokensOf } from "./support/goldens.ts";
+
+/** Of logits. */
+const MARGIN = 0.1;
+const TREES = {
+  plain: { drafter: "none" },
+  "30/3/8": { shape: { totalToken: 30, depth: 3, topK: 8 } },
+  "60/5/10": { shape: { totalToken: 60, depth: 5, topK: 10 } },
+  chosen: {},
+} as const;
+const signal = AbortSignal.timeout(600_000);
+let failures = 0;
+
+function check(holds: boolean, what: string): void {
+  if (holds) return;
+  failures++;
+  console.log(`FAILED: ${what}`);
+}
+
+/** How far the target's likeliest token after a prefix of an answer is ahead of the second, on the CPU. */
+async function marginAfter(cpu: LocalEngine, golden: Case, prefix: number[]): Promise<number> {
+  const { request, images } = await prepare(cpu, golden, { logprobs: 2, maxTokens: 1 });
+  const longer = { ...request, tokens: [...request.tokens, ...prefix] };
+  for await (const { logprobs } of cpu.generate(longer, images, signal))
+    if (logprobs) return logprobs[0].top[0].logprob - logprobs[0].top[1].logprob;
+  return Number.NaN;
+}
+
+/** Where two answers part, -1 if nowhere. */
+const partOf = (a: number[], b: number[]) =>
+  a.length === b.length && a.every((token, i) => token === b[i])
+    ? -1
+    : [...a, Number.NaN].findIndex((token, i) => token !== b[i]);
+
+/** Counts the answers that part from the others, each at a near tie. */
+async function ties(cpu: LocalEngine, cases: Case[], answers: number[][], others: number[][], what: string) {
+  let parted = 0;
+  for (const [i, tokens] of answers.entries()) {
+    const at = partOf(tokens, others[i]);
+    if (at < 0) continue;
+    parted++;
+    const margin = await marginAfter(cpu, cases[i], tokens.slice(0, at));
+    check(margin < MARGIN, `${what} ${cases[i].id}: parts at token ${at}, where the margin is ${margin.toFixed(3)}`);
+  }
+  return parted;
+}
+
+/** Sampling, several choices, penalties and log-probabilities: a tree must not change what plain decoding gives. */
+async function sampled(engine: LocalEngine, golden: Case, what: string): Promise<void> {
+  const { request, images } = await prepare(engine, golden, { n: 2, logprobs: 3, maxTokens: 40 });
+  const sampling = { ...request.sampling, temperature: 0.7, seed: seedOf(5, 0), frequencyPenalty: 0.3 };
+  const texts: string[] = [];
+  for (const plain of [true, false]) {
+    const all: unknown[] = [];
+    for await (const step of engine.generate({ ...request, sampling, plain }, images, signal))
+      all.push(...step.tokens.map((token, i) => [step.choice, token, step.logprobs![i].token]));
+    texts.push(JSON.stringify(all));
+  }
+  check(texts[0] === texts[1], `${what} ${golden.id}: sampled with a tree is not what it is without`);
+}
+
+for (const { name, model, cases } of families) {
+  const cpu = new LocalEngine({ model, drafter: "none" });
+  for (const dtype of ["f32", "f16", "bf16"] as const) {
+    let plain: number[][] = [];
+    for (const [tree, options] of Object.entries(TREES)) {
+      const engine = new LocalEngine({ model, device: "cuda", dtype, ...options } as EngineOptions);
+      const answers: number[][] = [];
+      for (const golden of cases) answers.push(tokensOf(await answer(engine, golden)));
+      if (tree === "plain") plain = answers;
+      const what = `${name} ${dtype} ${tree}`;
+      const goldens = cases.map((golden) => golden.output_ids);
+      const fromCpu = await ties(cpu, cases, answers, goldens, `${what} against the CPU`);
+      const fromPlain = await ties(cpu, cases, answers, plain, `${what} against plain`);
+      check(dtype !== "f32" || fromCpu === 0, `${what}: ${fromCpu} answers are not the goldens'`);
+      if (dtype === "f32" && tree !== "plain") await sampled(engine, cases[1], what);
+      console.log(`${what}: ${fromCpu} of ${cases.length} part from the CPU's at near ties, ${fromPlain} from plain`);
+      await engine.close();
+    }
+  }
+  await cpu.close();
+}
+console.log(failures ? `${failures} failed` : "all as it should be");
+process.exit(failures ? 1 : 0);
