@@ -219,18 +219,11 @@ export async function benchCuda(engine: LocalEngine, bench: CudaBench, signal: A
 
 type Result = Awaited<ReturnType<typeof benchCuda>>;
 
-export function printCuda({
-  device,
-  dtype,
-  rates,
-  passBytes,
-  past,
-  limits,
-  nodes,
-  passes,
-  speeds,
-  firstToken,
-}: Result) {
+/** What pictures are answered at, with the drafts that the model's own draft gets accepted. */
+type Real = Pick<Speed, "decoding" | "tokensPerSecond" | "meanAccepted">[];
+
+export function printCuda(result: Result, real: Real) {
+  const { device, dtype, rates, passBytes, past, limits, nodes, passes, speeds, firstToken } = result;
   const f = (x: number, digits = 3) => x.toFixed(digits);
   const row = (cells: (string | number)[]) => console.log(`| ${cells.join(" | ")} |`);
   const head = (cells: (string | number)[]) => {
@@ -267,6 +260,10 @@ export function printCuda({
       `${f(100 * s.hostShare, 1)} %`,
     ]);
   }
+  console.log("");
+  head(["answers about pictures", "tokens/s", "× plain", "mean accepted"]);
+  for (const { decoding, tokensPerSecond, meanAccepted } of real)
+    row([decoding, f(tokensPerSecond, 1), f(tokensPerSecond / real[0].tokensPerSecond, 2), f(meanAccepted, 2)]);
   console.log("");
   head(Object.keys(firstToken).map((name) => (name === "tokens" ? "prompt tokens" : `${name} ms`)));
   row(Object.entries(firstToken).map(([name, value]) => (name === "tokens" ? value : f(value as number, 1))));

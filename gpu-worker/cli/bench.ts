@@ -221,8 +221,14 @@ async function onCuda(flags: Flags, options: EngineOptions, rounds: number, sign
     await engine.warmUp();
     const past = number(flags, "past", { min: 1 }) ?? 1024;
     const result = await benchCuda(engine, { accept, past, rounds }, signal);
-    if (flags.json) console.log(JSON.stringify(result));
-    else printCuda(result);
+    const contenders = [new Contender("plain", engine, true), new Contender("tree chosen by cost", engine)];
+    for (const contender of contenders) await contender.prepare();
+    for (let round = 0; round < rounds; round++) for (const contender of contenders) await contender.round(signal);
+    const real = contenders.map(({ result: { decoding, tokensPerSecond, meanAccepted } }) => {
+      return { decoding, tokensPerSecond, meanAccepted };
+    });
+    if (flags.json) console.log(JSON.stringify({ ...result, real }));
+    else printCuda(result, real);
   } finally {
     await engine.close();
   }

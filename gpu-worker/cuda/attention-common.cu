@@ -1,5 +1,6 @@
 // Attention of one layer over its KV cache, with rotary positions, for chunks of a prompt and for trees of up to 128
-// tokens: what attention.cu (16 bits) and attention-f32.cu share.
+// tokens: what the kernels for 16 bits (attention-tiles.cu, attention-join.cu and attention.cu, in this order) and those
+// for f32 (attention-f32.cu) share.
 //
 // Everything that changes from pass to pass is read from device memory (`control`, `positions`, `mask`), so a captured
 // launch serves every length. Token t's keys and values go to cache row past + first + t. It sees the columns before
@@ -30,15 +31,15 @@ struct Pass {
   const float *cos, *sin;
   const int *positions, *mask, *control;
   value *out;
-  /** [kvHeads,rows,splits,HEAD] and, per split of a row, {largest score in log2, sum}. */
-  float *partials;
+  /** What splits leave for `combine` (attention-join.cu): [kvHeads,rows,splits,CHUNKS], [kvHeads,rows,splits]. */
+  uint4 *partials;
   float2 *sums;
   int tokens, heads, kvHeads, capacity;
 };
 
 #define INPUTS                                                                                                       \
   const value *qkv, const value *bias, value *keys, value *values, const float *cos, const float *sin,               \
-      const int *positions, const int *mask, const int *control, value *out, float *partials, float2 *sums,          \
+      const int *positions, const int *mask, const int *control, value *out, uint4 *partials, float2 *sums,          \
       int tokens, int heads, int kvHeads, int capacity
 #define PASS                                                                                                         \
   Pass{qkv,     bias, keys,     values, cos,    sin,   positions, mask,                                               \
@@ -76,8 +77,7 @@ __device__ void unpack(u32 both, float& low, float& high) {
   high = __uint_as_float(both & 0xffff0000u);
 #endif
 }
-__device__ Eight read8(const value* from) {
-  const uint4 raw = *(const uint4*)from;
+__device__ Eight unpack8(const uint4& raw) {
   Eight e;
   unpack(raw.x, e.x[0], e.x[1]);
   unpack(raw.y, e.x[2], e.x[3]);
@@ -85,6 +85,7 @@ __device__ Eight read8(const value* from) {
   unpack(raw.w, e.x[6], e.x[7]);
   return e;
 }
+__device__ Eight read8(const value* from) { return unpack8(*(const uint4*)from); }
 __device__ void write8(value* to, const Eight& e) {
   *(uint4*)to = make_uint4(pack(e.x[0], e.x[1]), pack(e.x[2], e.x[3]), pack(e.x[4], e.x[5]), pack(e.x[6], e.x[7]));
 }
@@ -130,6 +131,7 @@ struct Item {
 
 /** Puts the keys and values of all tokens into the cache; one thread an item. */
 extern "C" __global__ void store(INPUTS) {
+  awaitInputs();
   const Pass p = PASS;
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int d = i % ITEMS * 8, kv = i / ITEMS % kvHeads, token = i / ITEMS / kvHeads;

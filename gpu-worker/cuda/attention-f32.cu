@@ -2,6 +2,7 @@
 
 /** Correct rather than fast: a block a row, gridDim = (heads, tokens); 16 groups of 8 lanes, a column each. */
 extern "C" __global__ void __launch_bounds__(128) attend(INPUTS) {
+  awaitInputs();
   const Pass p = PASS;
   __shared__ float query[HEAD], part[16][HEAD], tops[16], totals[16];
   const int head = blockIdx.x, token = blockIdx.y, kv = head / (heads / kvHeads);

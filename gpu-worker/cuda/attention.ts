@@ -3,12 +3,21 @@ import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Cuda, Kernel, Module } from "./driver.ts";
 
-// The bounds of attention.cu.
+// The bounds of attention*.cu.
 const TILE = 64;
-const STAGES = 3;
 const MAX_SPLITS = 32;
 const MAX_TREE = 128;
 const MAX_HEAD = 128;
+
+/** Blocks by their warps over rows: warps over columns, tiles in shared memory, blocks that a multiprocessor holds. */
+const BLOCKS = {
+  1: { across: 4, stages: 3, resident: 2 },
+  2: { across: 4, stages: 4, resident: 1 },
+  4: { across: 2, stages: 4, resident: 1 },
+} as const;
+const PROMPT = { across: 1, stages: 3 };
+/** Blocks of a cluster, where the GPU has clusters (Hopper); 8 is the most that every such GPU can hold. */
+const SPLITS = [8, 4, 2] as const;
 
 export interface AttentionShape {
   dtype: "f16" | "bf16" | "f32";
@@ -20,7 +29,7 @@ export interface AttentionShape {
 
 /** Addresses in device memory, all of 16-byte alignment; elements are of the shape's dtype unless said otherwise. */
 export interface AttentionPass {
-  /** [tokens, (heads + 2 kvHeads) headSize]: queries, keys, values of the tokens, and what is added to each row or 0n. */
+  /** [tokens, (heads + 2 kvHeads) headSize]: queries, keys, values of the tokens; what is added to each row, or 0n. */
   qkv: bigint;
   bias: bigint;
   /** [kvHeads, capacity, headSize]. Token t is written to row past + first + t, which must be below the capacity. */
@@ -40,25 +49,54 @@ export interface AttentionPass {
 }
 
 interface Grid {
-  kernel: "tree1" | "tree2" | "tree4" | "prompt";
+  kernel: string;
   /** Tiles of rows, a row being a token's head in the group of a KV head. */
   tiles: number;
   /** Parts of the columns. */
   splits: number;
+  threads: number;
+  /** Bytes. */
+  shared: number;
 }
 
 /**
- * As many splits as fill the GPU once, two blocks a multiprocessor. Few rows leave a block's warps for the columns.
- * Never depends on how many columns there are, which a captured launch can't know.
+ * Clusters of more than two find no place on some multiprocessors: with more blocks than this part of them (measured on
+ * an H100) some wait for others to end.
  */
-function gridOf({ heads, kvHeads }: AttentionShape, tokens: number, multiprocessors: number): Grid {
+const PLACED = 0.85;
+
+/**
+ * As many splits as the GPU holds at once, then the smallest blocks. Never depends on how many columns there are, which
+ * a captured launch can't know.
+ */
+function treeGrid({ heads, kvHeads, headSize }: AttentionShape, tokens: number, multiprocessors: number): Grid {
   const rows = (tokens * heads) / kvHeads;
-  const warps = rows <= 16 ? 1 : rows <= 32 ? 2 : 4;
-  const tiles = Math.ceil(rows / (16 * warps));
-  const splits = Math.min(MAX_SPLITS, Math.max(1, Math.floor((2 * multiprocessors) / (tiles * kvHeads))));
-  if (tokens > MAX_TREE) return { kernel: "prompt", tiles: Math.ceil(rows / 64), splits };
-  return { kernel: `tree${warps}`, tiles, splits };
+  const heights = rows <= 16 ? ([1] as const) : ([2, 4] as const);
+  const all = SPLITS.flatMap((splits) => heights.map((warps) => ({ warps, splits })));
+  const fits = ({ warps, splits }: (typeof all)[number]) =>
+    Math.ceil(rows / (16 * warps)) * kvHeads * splits <=
+    BLOCKS[warps].resident * multiprocessors * (splits > 2 ? PLACED : 1);
+  const { warps, splits } = all.find(fits) ?? all.at(-1)!;
+  const { across, stages } = BLOCKS[warps];
+  const inbox = 16 * warps * (Math.ceil(headSize / 32) * 64 + 8);
+  return {
+    kernel: `tree${warps}x${splits}`,
+    tiles: Math.ceil(rows / (16 * warps)),
+    splits,
+    threads: 32 * warps * across,
+    shared: stageBytes(headSize) * stages + inbox,
+  };
 }
+
+function promptGrid({ heads, kvHeads, headSize }: AttentionShape, tokens: number, multiprocessors: number): Grid {
+  const tiles = Math.ceil((tokens * heads) / kvHeads / 64);
+  const splits = Math.min(MAX_SPLITS, Math.max(1, Math.floor((2 * multiprocessors) / (tiles * kvHeads))));
+  const { across, stages } = PROMPT;
+  return { kernel: "prompt", tiles, splits, threads: 128 * across, shared: stageBytes(headSize) * stages };
+}
+
+/** Keys and values of a tile, 16 bytes behind each row. */
+const stageBytes = (headSize: number) => 2 * TILE * (headSize + 8) * 2;
 
 const modules = new Map<string, Module>();
 
@@ -69,7 +107,8 @@ function moduleOf(cuda: Cuda, { dtype, headSize }: AttentionShape): Module {
   if (known) return known;
   const read = (name: string) => readFileSync(join(import.meta.dirname, name), "utf8");
   const name = dtype === "f32" ? "attention-f32.cu" : "attention.cu";
-  const source = read("attention-common.cu") + read(name);
+  const parts = dtype === "f32" ? [] : ["attention-tiles.cu", "attention-join.cu"];
+  const source = ["attention-common.cu", ...parts, name].map(read).join("");
   const module = cuda.compile(source, { [dtype.toUpperCase()]: 1, HEAD: headSize }, name);
   modules.set(key, module);
   return module;
@@ -80,6 +119,7 @@ export class Attention implements Disposable {
   readonly #cuda: Cuda;
   readonly #shape: AttentionShape;
   readonly #kernels = new Map<string, Kernel>();
+  readonly #clusters: boolean;
   readonly #scratch: bigint;
   readonly #partialBytes: number;
 
@@ -88,17 +128,19 @@ export class Attention implements Disposable {
     const { heads, kvHeads, headSize, dtype } = shape;
     if (headSize % 16 !== 0 || headSize > MAX_HEAD || heads % kvHeads !== 0)
       throw new Error(
-        `no attention on the device for ${heads} heads of ${headSize} over ${kvHeads}: a head must be a multiple of 16 ` +
-          `up to ${MAX_HEAD}, the heads a multiple of the KV heads`,
+        `no attention on the device for ${heads} heads of ${headSize} over ${kvHeads}: a head must be a multiple of ` +
+          `16 up to ${MAX_HEAD}, the heads a multiple of the KV heads`,
       );
     this.#cuda = cuda;
     this.#shape = shape;
     const module = moduleOf(cuda, shape);
-    const names = dtype === "f32" ? ["store", "attend"] : ["store", "tree1", "tree2", "tree4", "prompt", "combine"];
-    for (const name of names) this.#kernels.set(name, module.kernel(name));
-    // Where columns are split, blocks fill the GPU at most once, and each leaves 64 rows at most.
-    const parts = 2 * cuda.multiprocessors * 64;
-    this.#partialBytes = parts * headSize * 4;
+    const trees = Object.keys(BLOCKS).flatMap((warps) => SPLITS.map((splits) => `tree${warps}x${splits}`));
+    const names = dtype === "f32" ? ["attend"] : [...trees, "prompt", "combine"];
+    for (const name of ["store", ...names]) this.#kernels.set(name, module.kernel(name));
+    this.#clusters = Number(cuda.arch.slice("sm_".length)) >= 90;
+    // What splits leave for `combine`: blocks fill the GPU at most once, with 64 rows, or a tree's rows are cut in two.
+    const parts = Math.max(2 * cuda.multiprocessors * 64, 2 * MAX_TREE * heads);
+    this.#partialBytes = parts * Math.ceil(headSize / 32) * 64;
     this.#scratch = cuda.alloc(this.#partialBytes + parts * 8);
   }
 
@@ -118,12 +160,13 @@ export class Attention implements Disposable {
       kernel("attend").launch([heads, tokens, 1], 128, 0, ...inputs);
       return;
     }
-    const grid = gridOf(this.#shape, tokens, this.#cuda.multiprocessors);
-    if (grid.kernel === "prompt") store();
-    const shared = STAGES * 2 * TILE * (headSize + 8) * 2;
-    kernel(grid.kernel).launch([kvHeads, grid.splits, grid.tiles], 128, shared, ...inputs);
-    if (grid.splits > 1)
-      kernel("combine").launch([Math.ceil((tokens * heads) / 4), 1, 1], 128, 0, ...inputs, grid.splits);
+    const prompt = tokens > MAX_TREE;
+    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, tokens, this.#cuda.multiprocessors);
+    if (prompt) store();
+    kernel(grid.kernel).launch([kvHeads, grid.splits, grid.tiles], grid.threads, grid.shared, ...inputs);
+    if (grid.splits === 1 || (this.#clusters && !prompt)) return;
+    const chunks = tokens * heads * Math.ceil(headSize / 32) * 4;
+    kernel("combine").launch([Math.ceil(chunks / 128), 1, 1], 128, 0, ...inputs, grid.splits);
   }
 
   [Symbol.dispose](): void {

@@ -4,7 +4,7 @@
  */
 import koffi from "koffi";
 import { api, call, fail, get, loadDriver } from "./libcuda.ts";
-import { compileCubin } from "./nvrtc.ts";
+import { cachedCubin } from "./nvrtc.ts";
 
 /** Values of CUdevice_attribute, CUfunction_attribute, CUstream_flags and CUstreamCaptureMode (cuda.h). */
 const MULTIPROCESSORS = 16;
@@ -24,6 +24,11 @@ export interface Pinned {
   pointer: bigint;
   buffer: ArrayBuffer;
 }
+
+/** What every source may use. */
+const PRELUDE =
+  "__device__ __forceinline__ void awaitInputs() {\n#if __CUDA_ARCH__ >= 900\n" +
+  '  asm volatile("griddepcontrol.wait;" ::: "memory");\n#endif\n}\n#line 1\n';
 
 let opened: Cuda | undefined;
 
@@ -121,10 +126,15 @@ export class Cuda {
     call("cuStreamSynchronize", this.stream);
   }
 
-  /** Compiles a source that includes nothing; `name` is what errors call it. @throws Error with the compiler's log. */
+  /**
+   * Compiles a source that includes nothing, after PRELUDE; `name` is what errors call it. Where every kernel says
+   * `awaitInputs();` first of all, kernels start while the one before ends, if the GPU can (sm_90 and later).
+   * @throws Error with the compiler's log.
+   */
   compile(source: string, defines: Record<string, number>, name?: string): Module {
-    const cubin = compileCubin(source, defines, this.arch, { name, newest: this.#newest });
-    return new Module(get("cuModuleLoadData", cubin), this.stream);
+    const cubin = cachedCubin(PRELUDE + source, defines, this.arch, { name, newest: this.#newest });
+    const early = source.includes("awaitInputs();") && Number(this.arch.slice(3)) >= 90;
+    return new Module(get("cuModuleLoadData", cubin), this.stream, early);
   }
 
   /**
@@ -187,10 +197,12 @@ export class CapturedGraph implements Disposable {
 export class Module implements Disposable {
   readonly #handle: bigint;
   readonly #stream: bigint;
+  readonly #early: boolean;
 
-  constructor(handle: bigint, stream: bigint) {
+  constructor(handle: bigint, stream: bigint, early: boolean) {
     this.#handle = handle;
     this.#stream = stream;
+    this.#early = early;
   }
 
   /** The kernel of that name, which must be `extern "C"`. */
@@ -198,7 +210,7 @@ export class Module implements Disposable {
     const out: [bigint] = [0n];
     const result = api.cuModuleGetFunction(out, this.#handle, name) as number;
     if (result !== 0) fail(`kernel ${name}`, result);
-    return new Kernel(name, out[0], this.#stream);
+    return new Kernel(name, out[0], this.#stream, this.#early);
   }
 
   [Symbol.dispose](): void {
@@ -211,29 +223,44 @@ export type Argument = bigint | number | { float: number };
 /** CU_LAUNCH_PARAM_*: what says that parameters come as one buffer, not as a pointer to each. */
 const [END, BUFFER, BUFFER_SIZE] = [0n, 1n, 2n];
 
-/** The buffer of parameters and what points to it; launches copy it, so one is enough for all kernels. */
-interface Parameters {
+/** The structs of a launch, which copies them, so that one of each is enough for all kernels. */
+interface Launch {
+  /** The kernel's parameters, and their bytes. */
   u64: BigUint64Array;
   i32: Int32Array;
   f32: Float32Array;
-  /** void*[5] for cuLaunchKernel. */
-  extra: bigint;
   size: BigUint64Array;
+  /** void*[5]. */
+  extra: bigint;
+  /** CUlaunchConfig: grid, block, shared memory, then stream and attributes from its bytes 32 on. */
+  config: bigint;
+  shape: Uint32Array;
+  more: BigUint64Array;
 }
-let parameters: Parameters | undefined;
+let launch: Launch | undefined;
 
-function newParameters(): Parameters {
-  const memory = koffi.alloc("uint64", MOST_PARAMETERS / 8 + 6) as bigint;
+/** CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION. */
+const EARLY = 6;
+const ATTRIBUTE_BYTES = 72;
+
+function newLaunch(): Launch {
+  const bytes = [MOST_PARAMETERS, 40, 8, 56, ATTRIBUTE_BYTES];
+  const start = koffi.alloc("uint64", bytes.reduce((a, b) => a + b, 0) / 8) as bigint; // biome-ignore format: one line
+  const [memory, extra, size, config, attribute] = bytes.map((_, i) => start + BigInt(bytes.slice(0, i).reduce((a, b) => a + b, 0))); // biome-ignore format: one line
   const buffer = koffi.view(memory, MOST_PARAMETERS);
-  const extra = memory + BigInt(MOST_PARAMETERS);
-  const size = extra + 40n;
   new BigUint64Array(koffi.view(extra, 40)).set([BUFFER, memory, BUFFER_SIZE, size, END]);
+  new Uint32Array(koffi.view(attribute, ATTRIBUTE_BYTES)).set([EARLY, 0, 1]);
+  const more = new BigUint64Array(koffi.view(config, 56), 32, 3);
+  more[1] = attribute;
   return {
     u64: new BigUint64Array(buffer),
     i32: new Int32Array(buffer),
     f32: new Float32Array(buffer),
-    extra,
     size: new BigUint64Array(koffi.view(size, 8)),
+    extra,
+    config,
+    shape: new Uint32Array(koffi.view(config, 28)),
+    more,
   };
 }
 
@@ -241,12 +268,14 @@ export class Kernel {
   readonly #name: string;
   readonly #handle: bigint;
   readonly #stream: bigint;
+  readonly #early: boolean;
   #shared = PLAIN_SHARED;
 
-  constructor(name: string, handle: bigint, stream: bigint) {
+  constructor(name: string, handle: bigint, stream: bigint, early: boolean) {
     this.#name = name;
     this.#handle = handle;
     this.#stream = stream;
+    this.#early = early;
   }
 
   /**
@@ -265,8 +294,8 @@ export class Kernel {
       if (result !== 0) fail(`${shared} bytes of shared memory for kernel ${this.#name}`, result);
       this.#shared = shared;
     }
-    parameters ??= newParameters();
-    const { u64, i32, f32, extra, size } = parameters;
+    launch ??= newLaunch();
+    const { u64, i32, f32, size, extra, config, shape, more } = launch;
     let at = 0; // in units of 4 bytes
     for (const arg of args)
       if (typeof arg === "bigint") {
@@ -276,19 +305,10 @@ export class Kernel {
       } else if (typeof arg === "number") i32[at++] = arg;
       else f32[at++] = arg.float;
     size[0] = BigInt(at * 4);
-    const result = api.cuLaunchKernel(
-      this.#handle,
-      x,
-      y,
-      z,
-      threads,
-      1,
-      1,
-      shared,
-      this.#stream,
-      null,
-      extra,
-    ) as number;
+    shape.set([x, y, z, threads, 1, 1, shared]);
+    more[0] = this.#stream;
+    more[2] = this.#early ? 1n : 0n;
+    const result = api.cuLaunchKernelEx(config, this.#handle, null, extra) as number;
     if (result !== 0) fail(`kernel ${this.#name} on [${x}, ${y}, ${z}] x ${threads}`, result);
   }
 }

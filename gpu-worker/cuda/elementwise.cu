@@ -18,6 +18,10 @@ __device__ __forceinline__ u16 narrow(float f, int type) {
   return x;
 }
 
+__device__ __forceinline__ u32 pair(float low, float high, int type) {
+  return (u32)narrow(high, type) << 16 | narrow(low, type);
+}
+
 __device__ __forceinline__ float load(const void* p, long long i, int type) {
   return type == 0 ? ((const float*)p)[i] : widen(((const u16*)p)[i], type);
 }
@@ -29,6 +33,7 @@ __device__ __forceinline__ void store(void* p, long long i, float f, int type) {
 
 // to[i] = from[i] for n thousands of values (counts beyond 2^31 are not needed: pieces are staged).
 extern "C" __global__ void convert(void* to, const void* from, int n, int toType, int fromType) {
+  awaitInputs();
   for (long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x; i < n; i += (long long)gridDim.x * blockDim.x)
     store(to, i, load(from, i, fromType), toType);
 }
@@ -36,6 +41,7 @@ extern "C" __global__ void convert(void* to, const void* from, int n, int toType
 // to[c, at + r] = from[r, c] for a piece of `rows` rows; `stride` is the length of a row of `to`. 32 x 32 tiles, 32 x 8 threads.
 extern "C" __global__ void turn(void* to, const void* from, int rows, int columns, int at, int stride, int toType,
                                 int fromType) {
+  awaitInputs();
   __shared__ float tile[32][33];
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
   const int c0 = blockIdx.x * 32, r0 = blockIdx.y * 32;
@@ -48,6 +54,7 @@ extern "C" __global__ void turn(void* to, const void* from, int rows, int column
 
 // out[r] = table[index[r]], rows of `width` values of the type; one block a row.
 extern "C" __global__ void gatherRows(void* out, const void* table, const int* index, int width, int type) {
+  awaitInputs();
   const int bytes = width * (type == 0 ? 4 : 2);
   const char* from = (const char*)table + (long long)index[blockIdx.x] * bytes;
   char* to = (char*)out + (long long)blockIdx.x * bytes;
@@ -56,8 +63,9 @@ extern "C" __global__ void gatherRows(void* out, const void* table, const int* i
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// out[r, i] = silu(x[r, i]) * x[r, inner + i]; blocks (pieces of a row, rows); two values a thread where they are narrow.
+// out[r, i] = silu(x[r, i]) * x[r, inner + i]; blocks (pieces of a row, rows); eight values a thread where they are narrow.
 extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int type) {
+  awaitInputs();
   const long long row = blockIdx.y;
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (type == 0) {
@@ -67,17 +75,22 @@ extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int ty
     ((float*)out)[row * inner + i] = gate / (1.0f + expf(-gate)) * g[inner + i];
     return;
   }
-  if (2 * i >= inner) return;
-  const u32 g = ((const u32*)((const u16*)x + row * 2 * inner))[i];
-  const u32 u = ((const u32*)((const u16*)x + (row * 2 + 1) * inner))[i];
-  const u16 low = narrow(gated(widen((u16)g, type), widen((u16)u, type)), type);
-  const u16 high = narrow(gated(widen((u16)(g >> 16), type), widen((u16)(u >> 16), type)), type);
-  ((u32*)((u16*)out + row * inner))[i] = (u32)high << 16 | low;
+  if (8 * i >= inner) return;
+  const uint4 gates = ((const uint4*)((const u16*)x + row * 2 * inner))[i];
+  const uint4 ups = ((const uint4*)((const u16*)x + (row * 2 + 1) * inner))[i];
+  uint4 made;
+  const u32 *g = &gates.x, *u = &ups.x;
+#pragma unroll
+  for (int k = 0; k < 4; k++)
+    (&made.x)[k] = pair(gated(widen((u16)g[k], type), widen((u16)u[k], type)),
+                        gated(widen(g[k] >> 16, type), widen(u[k] >> 16, type)), type);
+  ((uint4*)((u16*)out + row * inner))[i] = made;
 }
 
 // out[r] = [table[ids[r]] ; hidden[hiddenRows[r]]], zeros where keep[r] is 0; blocks (rows, halves).
 extern "C" __global__ void pairRows(void* out, const void* keep, const void* table, const long long* ids,
                                     const void* hidden, const long long* hiddenRows, int width, int type) {
+  awaitInputs();
   const long long bytes = (long long)width * (type == 0 ? 4 : 2);
   const bool kept = load(keep, blockIdx.x, type) != 0.0f;
   const char* from = blockIdx.y ? (const char*)hidden + hiddenRows[blockIdx.x] * bytes
@@ -97,16 +110,13 @@ __device__ __forceinline__ float blockSum(float x) {
   return x;
 }
 
-__device__ __forceinline__ u32 pair(float low, float high, int type) {
-  return (u32)narrow(high, type) << 16 | narrow(low, type);
-}
-
 #define MOST 4
 
 // sum = x + residual, norm = sum / sqrt(mean(sum^2) + epsilon) * weight, in float32; the norm is of the sum as it is
 // stored. One block a row of at most 1024 threads; a thread keeps up to MOST pieces of 8 narrow values.
 extern "C" __global__ void addRmsNorm(void* norm, void* sum, const void* x, const void* residual, const void* weight,
                                       int width, int type, float epsilon) {
+  awaitInputs();
   const long long row = (long long)blockIdx.x * width;
   float squares = 0.0f;
   if (type == 0 || width % 8 || width > 8 * MOST * (int)blockDim.x) {
@@ -157,6 +167,7 @@ extern "C" __global__ void addRmsNorm(void* norm, void* sum, const void* x, cons
 
 // Reads n pieces of 16 bytes and keeps their sum from being optimised away: the rate at which weights can come.
 extern "C" __global__ void readAll(const uint4* from, u32* out, int n) {
+  awaitInputs();
   u32 sum = 0;
   const int step = gridDim.x * blockDim.x;
   int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -172,6 +183,7 @@ extern "C" __global__ void readAll(const uint4* from, u32* out, int n) {
 // rows[length + i] = rows[from + nodes[i]] for the nodes that a cycle keeps; one block a kept row. `cycle` is tree.cu's
 // struct of counts: the length before, the number of nodes, and from its 8th word on the nodes.
 extern "C" __global__ void keepRows(void* rows, const int* cycle, int from, int bytes) {
+  awaitInputs();
   if ((int)blockIdx.x >= cycle[1]) return;
   const char* source = (const char*)rows + (long long)(from + cycle[8 + blockIdx.x]) * bytes;
   char* target = (char*)rows + (long long)(cycle[0] + blockIdx.x) * bytes;

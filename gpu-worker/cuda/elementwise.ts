@@ -49,9 +49,9 @@ export class Elementwise {
     this.#kernels.keepRows.launch([most, 1, 1], THREADS, 0, rows, cycle, from, bytes);
   }
 
-  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner even. */
+  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits. */
   gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float): void {
-    const threads = type === "f32" ? inner : inner / 2;
+    const threads = type === "f32" ? inner : inner / 8;
     this.#kernels.gatedSilu.launch([Math.ceil(threads / THREADS), rows, 1], THREADS, 0, out, x, inner, TYPES[type]);
   }
 

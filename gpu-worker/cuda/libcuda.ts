@@ -36,8 +36,7 @@ const functions = {
   cuModuleUnload: "int f(void* module)",
   cuModuleGetFunction: "int f(_Out_ void** kernel, void* module, const char* name)",
   cuFuncSetAttribute: "int f(void* kernel, int attribute, int value)",
-  cuLaunchKernel:
-    "int f(void* kernel, uint gx, uint gy, uint gz, uint bx, uint by, uint bz, uint shared, void* stream, void* params, void* extra)",
+  cuLaunchKernelEx: "int f(void* config, void* kernel, void* params, void* extra)",
 } as const;
 type Name = keyof typeof functions;
 

@@ -1,5 +1,8 @@
 /** CUDA C++ to machine code, by NVRTC through koffi. Needs the toolkit's library, but neither a GPU nor its driver. */
-import { existsSync } from "node:fs";
+import { createHash, randomUUID } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import { homedir } from "node:os";
+import { join } from "node:path";
 import koffi from "koffi";
 
 type Library = ReturnType<typeof koffi.load>;
@@ -69,6 +72,29 @@ function read(size: "nvrtcGetProgramLogSize" | "nvrtcGetCUBINSize", get: keyof t
   const data = new Uint8Array(Number(bytes[0]));
   check(nvrtc[get](program, data), get);
   return data;
+}
+
+/**
+ * As compileCubin, but what was compiled once is kept in the user's cache folder: attention takes some 5 s. A folder that
+ * cannot be read or written costs that time again, nothing else.
+ */
+export function cachedCubin(...what: Parameters<typeof compileCubin>): Uint8Array {
+  const folder = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "vispec");
+  const file = join(
+    folder,
+    `kernel-${createHash("sha256").update(JSON.stringify(what)).digest("hex").slice(0, 24)}.cubin`,
+  );
+  if (existsSync(file)) return readFileSync(file);
+  const cubin = compileCubin(...what);
+  try {
+    const temporary = `${file}.${randomUUID()}`;
+    mkdirSync(folder, { recursive: true });
+    writeFileSync(temporary, cubin);
+    renameSync(temporary, file);
+  } catch (error) {
+    console.warn(`vispec: compiled kernels are not kept: ${(error as Error).message}`);
+  }
+  return cubin;
 }
 
 export interface CompileOptions {

@@ -110,6 +110,7 @@ __device__ void loadSlice(const element *row, int begin, int end, bool aligned, 
  */
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 candidates(const element *logits, unsigned *keys, int *indices, float *sums, int V, int slice, int k) {
+  awaitInputs();
   __shared__ u64 groups[32];
   __shared__ u64 found[MAX_K * THREADS / 32 * HELD];
   __shared__ float parts[THREADS / 32];
@@ -171,6 +172,7 @@ candidates(const element *logits, unsigned *keys, int *indices, float *sums, int
 
 /** One warp: the largest of each row over its slices' lists of one: out [rows]. */
 extern "C" __global__ void argmax(const unsigned *keys, const int *indices, int *out, int slices) {
+  awaitInputs();
   const int lane = threadIdx.x;
   unsigned key = lane < slices ? keys[(size_t)blockIdx.x * slices + lane] : 0;
   int winner = __ffs(__ballot_sync(ALL, key == __reduce_max_sync(ALL, key))) - 1;
@@ -210,6 +212,7 @@ extern "C" __global__ void __launch_bounds__(32 * (MAX_K + 1))
 grow(const Cycle *cycle, const unsigned *keys, const int *indices, const float *sums, const int *map, Seen *seen,
      long long *ids, long long *hiddenRows, int *positions, int4 *masks, int4 *control,
      int slices, int k, int level, int isLast) {
+  awaitInputs();
   __shared__ uint2 held[MAX_K][MAX_SLICES * MAX_K];
   __shared__ float logProbs[MAX_K * MAX_K];
   __shared__ int tokens[MAX_K * MAX_K];
@@ -273,6 +276,7 @@ grow(const Cycle *cycle, const unsigned *keys, const int *indices, const float *
 extern "C" __global__ void __launch_bounds__(1024)
 finish(const Cycle *cycle, const Seen *seen, long long *ids, int *positions, int4 *masks, int4 *control,
        int *tokens, int *parents, int *depths, float *scores, int nodes, int count) {
+  awaitInputs();
   __shared__ u64 order[MAX_SEEN];
   __shared__ int above[MAX_SEEN], ranks[MAX_SEEN], places[MAX_SEEN];
   __shared__ int kept[MAX_NODES];
@@ -329,6 +333,7 @@ finish(const Cycle *cycle, const Seen *seen, long long *ids, int *positions, int
  */
 extern "C" __global__ void __launch_bounds__(128)
 moveRows(uint4 *const *caches, const Cycle *cycle, int heads, int columns, int capacity) {
+  awaitInputs();
   const int at = blockIdx.x * 128 + threadIdx.x;
   if (at >= heads * columns) return;
   const size_t row = (size_t)(at / columns) * capacity + cycle->targetBefore;

@@ -2,7 +2,7 @@
 import { ApiError } from "../../shared/errors.ts";
 import type { PixelLimits } from "../../shared/protocol.ts";
 import { decodeImage, type Picture } from "../input/decode.ts";
-import type { ImageShape } from "../model/family.ts";
+import type { ImageShape, InputData } from "../model/family.ts";
 import type { ModelFiles } from "../model/model.ts";
 import type { Runtime, Session, Tensor } from "./runtime.ts";
 import type { ImageData } from "./target.ts";
@@ -13,12 +13,20 @@ export interface ImageRows extends ImageShape {
   rows: ImageData;
 }
 
-/** What seeing takes of a model; `put` and `take` bring data to a device and back, where it has memory of its own. */
+/** A picture's way to a device that has memory of its own, and back; that memory is the next picture's too. */
+export interface Passage {
+  /** The data on the device, numbers in the model's type; waits for none of it. */
+  put(data: readonly InputData[]): Tensor[];
+  /** Room for the tower's output. */
+  rows(elements: number): Tensor;
+  /** Waits for the rows. */
+  take(rows: Tensor): ImageData;
+}
+
+/** What seeing takes of a model; with a passage its vision graph takes levels. */
 export interface Seeing extends Pick<ModelFiles, "family" | "config"> {
   vision: Session;
-  dtype?: "f32" | "f16" | "bf16";
-  put?(data: Float32Array | BigInt64Array): Tensor;
-  take?(tensor: Tensor): ImageData;
+  passage?: Passage;
 }
 
 /**
@@ -31,29 +39,26 @@ export function encodePicture(
   picture: Picture,
   limits: PixelLimits = model.family.pixels,
 ): ImageRows {
-  const { family, config, vision } = model;
+  const { family, config, vision, passage } = model;
   checkTokens(family.imageTokens(picture, limits), config.contextLength);
-  const { inputs, image } = family.visionPass(picture, limits);
+  const { inputs, image } = family.visionPass(picture, limits, passage !== undefined);
   const dims = [image.count, config.language.hidden];
+  const data = Object.values(inputs).map((input) => input.data);
   using memory = new DisposableStack();
   using binding = vision.binding();
-  for (const [name, { data, dims }] of Object.entries(inputs)) {
-    binding.input(name, memory.use(model.put ? model.put(data) : onHost(runtime, data)), dims);
-  }
-  if (model.take) {
-    const rows = memory.use(runtime.tensor(model.dtype!, dims[0] * dims[1], "device"));
-    binding.output("rows", rows, dims).run();
-    return { ...image, rows: model.take(rows) };
-  }
-  const rows = memory.use(runtime.tensor("f32", dims[0] * dims[1]));
+  const tensors = passage ? passage.put(data) : data.map((numbers) => memory.use(onHost(runtime, numbers)));
+  for (const [i, [name, { dims }]] of Object.entries(inputs).entries()) binding.input(name, tensors[i], dims);
+  const elements = dims[0] * dims[1];
+  const rows = passage ? passage.rows(elements) : memory.use(runtime.tensor("f32", elements));
   binding.output("rows", rows, dims).run();
-  return { ...image, rows: rows.f32.slice() };
+  return { ...image, rows: passage ? passage.take(rows) : rows.f32.slice() };
 }
 
-function onHost(runtime: Runtime, data: Float32Array | BigInt64Array): Tensor {
+/** Not for levels, which only devices take. */
+function onHost(runtime: Runtime, data: InputData): Tensor {
   const tensor = runtime.tensor(data instanceof Float32Array ? "f32" : "i64", data.length);
   if (data instanceof Float32Array) tensor.f32.set(data);
-  else tensor.i64.set(data);
+  else tensor.i64.set(data as BigInt64Array);
   return tensor;
 }
 

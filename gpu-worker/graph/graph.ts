@@ -50,14 +50,21 @@ export interface GraphOptions {
   int8: boolean;
 }
 
+/** How stored tensors become one input. */
+export interface BindOptions {
+  /** Whether it is [columns,rows] of the stored [rows,columns]: products read it faster. */
+  turned?: boolean;
+  /** Those of the rows that are kept, in this order; all by default. */
+  picked?: readonly number[];
+  /** Rows of each part, and columns, with zeros after the stored ones; as many as there are by default. */
+  rows?: number;
+  columns?: number;
+}
+
 /** Memory that a run gets as an input: stored tensors, below each other, in the graph's own type unless they are bytes. */
-export interface BoundWeight {
+export interface BoundWeight extends BindOptions {
   readonly value: Value;
   readonly parts: readonly StoredTensor[];
-  /** Whether it is [columns,rows] of the stored [rows,columns]: products read it faster. */
-  readonly turned: boolean;
-  /** Those of the rows that are kept, in this order; all by default. */
-  readonly rows: readonly number[] | undefined;
 }
 
 /** Collects a graph. Operators (ops/) add nodes through `node`; the numbers of weights stay in their files. */
@@ -106,19 +113,20 @@ export class Graph {
   }
 
   /** Stored tensors as one input; graphs that ask for the same get the same memory. */
-  bind(parts: readonly StoredTensor[], turned = false, rows?: readonly number[]): Value {
-    const key = `${turned ? "turned " : ""}${rows ? `${rows.length} rows of ` : ""}${parts.map((p) => `${p.file}:${p.name}`)}`;
+  bind(parts: readonly StoredTensor[], options: BindOptions = {}): Value {
+    const { turned, picked, rows, columns } = options;
+    const key = `${turned} ${picked} ${rows} ${columns} ${parts.map((part) => `${part.file}:${part.name}`)}`;
     const known = this.bound.get(key);
     if (known) return known.value;
     const { shape, dtype } = parts[0];
-    const count = rows?.length ?? parts.reduce((sum, part) => sum + part.shape[0], 0);
+    const count = picked?.length ?? parts.reduce((sum, part) => sum + (rows ?? part.shape[0]), 0);
     const name = `w${this.bound.size}.${parts[0].name}`;
     const value = {
       name,
       dtype: dtype === "u8" ? dtype : this.dtype,
-      shape: turned ? [shape[1], count] : [count, ...shape.slice(1)],
+      shape: turned ? [columns ?? shape[1], count] : [count, ...shape.slice(1)],
     };
-    this.bound.set(key, { value, parts, turned, rows });
+    this.bound.set(key, { value, parts, ...options });
     return value;
   }
 

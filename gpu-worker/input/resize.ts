@@ -74,46 +74,55 @@ function fixed(weight: number): number {
   return Math.trunc(weight * (1 << PRECISION_BITS) + (weight < 0 ? -0.5 : 0.5));
 }
 
-/** Rows `top` to `bottom` of the picture, each filtered to `across.first.length` pixels; two at a time share weights. */
+/** Rows `top` to `bottom` of the picture, each filtered to `across.first.length` pixels. */
 function horizontal(picture: Picture, across: Weights, top: number, bottom: number): Uint8Array {
-  const { first, count, weight, stride } = across;
-  const width = first.length;
-  const source = picture.rgb;
-  const sourceRow = picture.width * 3;
-  const row = width * 3;
-  const out = new Uint8ClampedArray(row * (bottom - top));
-  for (let y = top, to = 0; y < bottom; y += 2, to += row) {
-    // From one row to the other; the last of an odd number stands in for both.
-    const [down, outDown] = y + 1 < bottom ? [sourceRow, row] : [0, 0];
-    for (let x = 0; x < width; x++, to += 3) {
-      let r = ONE_HALF;
-      let g = ONE_HALF;
-      let b = ONE_HALF;
-      let r2 = ONE_HALF;
-      let g2 = ONE_HALF;
-      let b2 = ONE_HALF;
-      let at = y * sourceRow + first[x] * 3;
-      const end = x * stride + count[x];
-      for (let k = x * stride; k < end; k++, at += 3) {
-        const w = weight[k];
-        const below = at + down;
-        r = (r + Math.imul(source[at], w)) | 0;
-        g = (g + Math.imul(source[at + 1], w)) | 0;
-        b = (b + Math.imul(source[at + 2], w)) | 0;
-        r2 = (r2 + Math.imul(source[below], w)) | 0;
-        g2 = (g2 + Math.imul(source[below + 1], w)) | 0;
-        b2 = (b2 + Math.imul(source[below + 2], w)) | 0;
-      }
-      const under = to + outDown;
-      out[to] = r >> PRECISION_BITS;
-      out[to + 1] = g >> PRECISION_BITS;
-      out[to + 2] = b >> PRECISION_BITS;
-      out[under] = r2 >> PRECISION_BITS;
-      out[under + 1] = g2 >> PRECISION_BITS;
-      out[under + 2] = b2 >> PRECISION_BITS;
-    }
+  const from = picture.width * 3;
+  const to = across.first.length * 3;
+  const out = new Uint8ClampedArray(to * (bottom - top));
+  for (let y = top; y < bottom; y += 2) {
+    const last = Math.min(y + 1, bottom - 1);
+    twoRows(out, (y - top) * to, (last - top) * to, picture.rgb, y * from, last * from, across);
   }
   return new Uint8Array(out.buffer);
+}
+
+/** Filters the rows of `source` at `from` and `from2` to `to` and `to2`: two that share weights, maybe the same one twice. */
+function twoRows(
+  out: Uint8ClampedArray,
+  to: number,
+  to2: number,
+  source: Uint8Array,
+  from: number,
+  from2: number,
+  { first, count, weight, stride }: Weights,
+): void {
+  const down = from2 - from;
+  for (let x = 0; x < first.length; x++, to += 3, to2 += 3) {
+    let r = ONE_HALF;
+    let g = ONE_HALF;
+    let b = ONE_HALF;
+    let r2 = ONE_HALF;
+    let g2 = ONE_HALF;
+    let b2 = ONE_HALF;
+    let at = from + first[x] * 3;
+    const end = x * stride + count[x];
+    for (let k = x * stride; k < end; k++, at += 3) {
+      const w = weight[k];
+      const below = at + down;
+      r = (r + Math.imul(source[at], w)) | 0;
+      g = (g + Math.imul(source[at + 1], w)) | 0;
+      b = (b + Math.imul(source[at + 2], w)) | 0;
+      r2 = (r2 + Math.imul(source[below], w)) | 0;
+      g2 = (g2 + Math.imul(source[below + 1], w)) | 0;
+      b2 = (b2 + Math.imul(source[below + 2], w)) | 0;
+    }
+    out[to] = r >> PRECISION_BITS;
+    out[to + 1] = g >> PRECISION_BITS;
+    out[to + 2] = b >> PRECISION_BITS;
+    out[to2] = r2 >> PRECISION_BITS;
+    out[to2 + 1] = g2 >> PRECISION_BITS;
+    out[to2 + 2] = b2 >> PRECISION_BITS;
+  }
 }
 
 /** `source` holds rows of `row` samples from input row `top` on. Sums a whole row at a time: memory is read in order. */

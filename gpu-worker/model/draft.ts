@@ -223,7 +223,7 @@ export function draftGraph(
   g.output("out", out);
   const wanted = gather(g, out, logitRows);
   if (g.binds) {
-    g.output("logits", matMul(g, wanted, g.bind([head], true, vocabulary)));
+    g.output("logits", matMul(g, wanted, g.bind([head], { turned: true, picked: vocabulary })));
     return g;
   }
   const [logProbs, tokens] = topK(g, logSoftmax(g, linear(g, wanted, [head])), g.input("k", "i64", [1]));

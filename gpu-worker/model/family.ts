@@ -26,9 +26,12 @@ export interface ImageShape {
   grid?: readonly [height: number, width: number];
 }
 
+/** Numbers in float32, places in i64, levels of pixels in bytes. */
+export type InputData = Float32Array | BigInt64Array | Uint8Array;
+
 /** One run of the vision graph on a picture, as plain data. */
 export interface VisionPass {
-  inputs: Record<string, { data: Float32Array | BigInt64Array; dims: number[] }>;
+  inputs: Record<string, { data: InputData; dims: number[] }>;
   /** Of the output `rows` [count, D]. */
   image: ImageShape;
 }
@@ -52,10 +55,13 @@ export interface Family {
   readonly pixels: PixelLimits;
   /** Tokens of a picture of that size. Throws ApiError 400 for one that cannot be brought to the limits. */
   imageTokens(size: { width: number; height: number }, limits: PixelLimits): number;
-  /** From one picture's inputs, as `visionPass` makes them, to the output `rows` [count,D]. */
+  /**
+   * From one picture's inputs, as `visionPass` makes them, to the output `rows` [count,D]. A graph that binds its weights
+   * takes the levels of pixels, and makes the processor's numbers of them itself.
+   */
   visionGraph(w: TensorSource, options: GraphOptions): Graph;
-  /** Throws as imageTokens. */
-  visionPass(picture: Picture, limits: PixelLimits): VisionPass;
+  /** `levels`: for a graph that binds its weights. Throws as imageTokens. */
+  visionPass(picture: Picture, limits: PixelLimits, levels?: boolean): VisionPass;
   /** Throws ApiError 400 where placeholders and pictures are not as many. */
   expandPrompt(tokens: readonly number[], images: readonly ImageShape[]): ExpandedPrompt;
 }

@@ -55,7 +55,7 @@ export function linear(g: Graph, x: Value, weights: Matrix[], biases: StoredTens
   const y = weights.every((m) => "packed" in m)
     ? quantizedProduct(g, x, weights)
     : g.binds
-      ? matMul(g, x, g.bind(weights as StoredTensor[], true))
+      ? matMul(g, x, g.bind(weights as StoredTensor[], { turned: true }))
       : product(g, x, side(weights as StoredTensor[]));
   return biases.length ? add(g, y, side(biases)) : y;
 }
@@ -92,9 +92,29 @@ export function gatedMlp(
   const weight = (part: string) =>
     matrix(w, `${name}.${part}_proj.weight`, part === "down" ? [size, inner] : [inner, size]);
   const vector = (part: string) => w.get(`${name}.${part}_proj.bias`, [part === "down" ? size : inner]);
+  const size8 = Math.ceil(inner / 8) * 8;
+  if (g.binds && size8 !== inner) return alignedMlp(g, x, w, name, { size, inner, padded: size8, bias });
   const project = (...parts: string[]) => linear(g, x, parts.map(weight), bias ? parts.map(vector) : []);
   const gated = g.binds ? gatedSilu(g, project("gate", "up")) : mul(g, silu(g, project("gate")), project("up"));
   return linear(g, gated, [weight("down")], bias ? [vector("down")] : []);
+}
+
+/** The same with `padded` numbers between the products, zeros after the real ones: rows of 16 bytes are read faster. */
+function alignedMlp(
+  g: Graph,
+  x: Value,
+  w: TensorSource,
+  name: string,
+  { size, inner, padded, bias }: { size: number; inner: number; padded: number; bias: boolean },
+): Value {
+  const tensors = (parts: string[], kind: string, shape: number[]) =>
+    parts.map((part) => w.get(`${name}.${part}_proj.${kind}`, shape));
+  const wide = ["gate", "up"];
+  const gates = matMul(g, x, g.bind(tensors(wide, "weight", [inner, size]), { turned: true, rows: padded }));
+  const biased = bias ? add(g, gates, g.bind(tensors(wide, "bias", [inner]), { rows: padded })) : gates;
+  const down = g.bind(tensors(["down"], "weight", [size, inner]), { turned: true, columns: padded });
+  const y = matMul(g, gatedSilu(g, biased), down);
+  return bias ? add(g, y, g.bind(tensors(["down"], "bias", [size]))) : y;
 }
 
 export interface DecoderLayerConfig {

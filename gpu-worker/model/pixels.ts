@@ -2,7 +2,10 @@
 import { z } from "zod";
 import { ApiError } from "../../shared/errors.ts";
 import type { PixelLimits } from "../../shared/protocol.ts";
+import type { Graph, Value } from "../graph/graph.ts";
 import type { Picture } from "../input/decode.ts";
+import { add, cast } from "../ops/elementwise.ts";
+import { gather } from "../ops/shape.ts";
 
 const three = z.tuple([z.number(), z.number(), z.number()]);
 const always = z.literal(true).optional();
@@ -36,6 +39,12 @@ export function levels(config: Normalization, channel: number): Float32Array {
     { length: 256 },
     (_, level) => Math.fround(Math.fround(level * config.rescaleFactor) - mean) / std,
   );
+}
+
+/** Levels u8 [..,3] to the numbers of `levels`, bit for bit, in the graph's own type. */
+export function numbersOf(g: Graph, pixels: Value, config: Normalization): Value {
+  const tables = g.floats([0, 1, 2].flatMap((channel) => [...levels(config, channel)]));
+  return gather(g, tables, add(g, cast(g, pixels, "i32"), cast(g, g.ints([0, 256, 512]), "i32")));
 }
 
 /** A square of `side` pixels of one channel, row by row, to `out` from `at` on. */

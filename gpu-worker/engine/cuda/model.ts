@@ -1,5 +1,5 @@
 /** A checkpoint on the GPU: weights in device memory, sessions over them, and the kernels of our own. */
-import { existsSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../../shared/errors.ts";
@@ -15,12 +15,11 @@ import { headWeight, languageGraph, TARGET_ATTENTION } from "../../model/languag
 import type { DecoderLayerConfig } from "../../model/layers.ts";
 import { type Checkpoint, describe, type ModelFiles } from "../../model/model.ts";
 import { frequencies, ropeTable } from "../../model/rope.ts";
-import { readJson } from "../../model/weights.ts";
 import { normName } from "../../ops/norm.ts";
 import type { CustomOp } from "../custom-op.ts";
 import type { Seeing } from "../images.ts";
 import { DTYPES, type FixedInput, type Runtime, type Session, type Tensor } from "../runtime.ts";
-import type { ImageData } from "../target.ts";
+import { CudaPassage } from "./passage.ts";
 import { DeviceWeights } from "./weights.ts";
 
 /** Most tokens of a pass. */
@@ -124,8 +123,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const model = {
     ...files,
     ...{ dtype, cuda, runtime, elementwise, weights, capacity, passBytes },
-    put: (data: Float32Array | BigInt64Array) => put(runtime, data, dtype, elementwise),
-    take: (tensor: Tensor) => take(runtime, tensor),
+    passage: new CudaPassage(runtime, elementwise, dtype),
     trees: new TreeKernels(cuda, dtype),
     vision: session(family.visionGraph(source, graphOptions)),
     prefill: session(languageGraph(language, source, graphOptions, names)),
@@ -133,48 +131,28 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     draft: drafting && load(drafting),
   };
   weights.done();
-  const { draft, vision, prefill, text } = model;
+  const { draft, vision, prefill, text, passage } = model;
   const sessions = [vision, prefill, text, draft?.layer, draft?.bias, draft?.adaptor];
   return {
     ...model,
     [Symbol.dispose]: () => {
-      for (const part of [...sessions, draft?.map, weights]) part?.[Symbol.dispose]();
+      for (const part of [...sessions, draft?.map, passage, weights]) part?.[Symbol.dispose]();
     },
   };
 }
 
 const bytesOf = ({ tensor }: FixedInput) => tensor.elements * DTYPES[tensor.dtype].bytes;
 
-/** Data on the device, numbers in `float`. */
-export function put(
-  runtime: Runtime,
-  data: Int32Array | BigInt64Array | Float32Array,
-  float: Float = "f32",
-  elementwise?: Elementwise,
-): Tensor {
-  const dtype = data instanceof Float32Array ? "f32" : data instanceof Int32Array ? "i32" : "i64";
-  const tensor = runtime.tensor(dtype, data.length, "device");
+/** Integers on the device. */
+export function put(runtime: Runtime, data: Int32Array | BigInt64Array): Tensor {
+  const tensor = runtime.tensor(data instanceof Int32Array ? "i32" : "i64", data.length, "device");
   const cuda = runtime.cuda!;
   const pinned = cuda.pinned(Math.max(1, data.byteLength));
   new Uint8Array(pinned.buffer).set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
   cuda.upload(tensor.pointer, pinned, data.byteLength);
-  const wanted = dtype === "f32" && float !== "f32" ? runtime.tensor(float, data.length, "device") : tensor;
-  if (wanted !== tensor) elementwise!.convert(wanted.pointer, float, tensor.pointer, "f32", data.length);
   cuda.synchronize();
   cuda.freePinned(pinned);
-  if (wanted !== tensor) tensor[Symbol.dispose]();
-  return wanted;
-}
-
-/** A device tensor's numbers, as bits where they are of 16. */
-function take({ cuda }: Runtime, tensor: Tensor): ImageData {
-  const bytes = tensor.elements * DTYPES[tensor.dtype].bytes;
-  const pinned = cuda!.pinned(bytes);
-  cuda!.download(pinned, tensor.pointer, bytes);
-  cuda!.synchronize();
-  const data = pinned.buffer.slice(0);
-  cuda!.freePinned(pinned);
-  return tensor.dtype === "f32" ? new Float32Array(data) : new Uint16Array(data);
+  return tensor;
 }
 
 /** File beside a draft's weights: its tokens by falling frequency in the training data. */
@@ -193,13 +171,21 @@ export function draftVocabulary(
   const size = asked ?? (vocabulary > LARGE_VOCABULARY ? DRAFT_VOCABULARY : 0);
   if (size === 0 || size >= vocabulary) return undefined;
   const file = join(draft ?? "", FREQUENT_FILE);
-  const listed = existsSync(file) ? parseConfig(Frequent, readJson(file), file) : [];
+  const listed = existsSync(file) ? parseConfig(Frequent, readList(file), file) : [];
   const beyond = listed.find((id) => id >= vocabulary);
   if (beyond !== undefined) throw new CheckpointError(`${file}: token ${beyond} is not among ${vocabulary}`);
   const tokens = new Set(eosTokens);
   for (const id of listed) if (tokens.size < size) tokens.add(id);
   for (let id = 0; tokens.size < size; id++) tokens.add(id);
   return [...tokens].sort((a, b) => a - b);
+}
+
+function readList(file: string): unknown {
+  try {
+    return JSON.parse(readFileSync(file, "utf8"));
+  } catch (error) {
+    throw new CheckpointError(`${file}: ${(error as Error).message}`, { cause: error });
+  }
 }
 
 function attentionOp(

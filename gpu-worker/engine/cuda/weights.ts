@@ -36,15 +36,15 @@ export class DeviceWeights implements Disposable {
     });
   }
 
-  #read({ value, parts, turned, rows }: BoundWeight): Tensor {
+  #read({ value, parts, turned, picked, rows, columns }: BoundWeight): Tensor {
     const dims = value.shape as number[];
     const tensor = this.#runtime.tensor(value.dtype, dims.reduce((a, b) => a * b, 1), "device"); // biome-ignore format: one line
     this.bytes += tensor.elements * DTYPES[value.dtype].bytes;
+    if (rows ?? columns) this.#cuda.fill(tensor.pointer, 0, tensor.elements * DTYPES[value.dtype].bytes);
     let at = 0;
     for (const part of parts) {
-      const count = rows?.length ?? part.shape[0];
-      this.#part(tensor, part, { at, stride: turned ? dims[1] : 0, rows });
-      at += count;
+      this.#part(tensor, part, { at, stride: turned ? dims[1] : 0, rows: picked });
+      at += picked?.length ?? rows ?? part.shape[0];
     }
     return tensor;
   }

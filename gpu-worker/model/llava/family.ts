@@ -3,12 +3,21 @@ import { join } from "node:path";
 import { ApiError, CheckpointError } from "../../../shared/errors.ts";
 import type { PixelLimits } from "../../../shared/protocol.ts";
 import { parseConfig } from "../config.ts";
-import { expandImages, type Family } from "../family.ts";
+import { expandImages, type Family, type VisionPass } from "../family.ts";
 import { checkAspectRatio, checkLimits, type Size } from "../pixels.ts";
 import { readJson, type TensorSource } from "../weights.ts";
 import { loadLlavaConfig } from "./config.ts";
 import { packedCount, packedRows } from "./pack.ts";
-import { allowedAreas, bestArea, ProcessorConfig, processSquare, processTiles } from "./processor.ts";
+import {
+  allowedAreas,
+  bestArea,
+  cut,
+  middleOf,
+  normalize,
+  ProcessorConfig,
+  type Square,
+  tilesOf,
+} from "./processor.ts";
 import { visionGraph } from "./vision.ts";
 
 /** Reads config.json, generation_config.json and preprocessor_config.json; CheckpointError names the file and the field. */
@@ -24,7 +33,7 @@ export function llavaFamily(folder: string, weights: TensorSource): Family {
   return {
     config,
     rotaryAxes: new Array<number>(config.language.headSize / 2).fill(0),
-    visionGraph: (w, options) => visionGraph(c, w, options),
+    visionGraph: (w, options) => visionGraph(c, processor, w, options),
     expandPrompt(tokens, images) {
       const expanded = expandImages(tokens, images, config.imageToken);
       return { ...expanded, positions: [Int32Array.from(expanded.tokens, (_, i) => i)], delta: 0 };
@@ -35,22 +44,32 @@ export function llavaFamily(folder: string, weights: TensorSource): Family {
 
 type Pictures = Pick<Family, "pixels" | "imageTokens" | "visionPass">;
 
+function pixelsOf(
+  squares: readonly Square[],
+  processor: ProcessorConfig,
+  levels: boolean,
+): VisionPass["inputs"][string] {
+  const { tile } = processor;
+  return levels
+    ? { data: cut(squares), dims: [squares.length, tile, tile, 3] }
+    : { data: normalize(squares, processor), dims: [squares.length, 3, tile, tile] };
+}
+
 /** LLaVA-NeXT: tiles of an area that fits the picture, `side` features a side each, besides the picture as one. */
 function anyResolution(processor: ProcessorConfig, pinpoints: Size[], side: number): Pictures {
   const { tile } = processor;
   const areas = pinpoints.map(({ width, height }) => width * height);
   const target = (size: Size, limits: PixelLimits) => bestArea(size, allowedAreas(pinpoints, limits));
-  const tilesOf = ({ width, height }: Size) => ({ width: width / tile, height: height / tile });
+  const inTiles = ({ width, height }: Size) => ({ width: width / tile, height: height / tile });
   return {
     pixels: { minPixels: Math.min(...areas), maxPixels: Math.max(...areas) },
-    imageTokens: (size, limits) => packedCount(size, tilesOf(target(size, limits)), side),
-    visionPass(picture, limits) {
+    imageTokens: (size, limits) => packedCount(size, inTiles(target(size, limits)), side),
+    visionPass(picture, limits, levels = false) {
       const area = target(picture, limits);
-      const pixels = processTiles(picture, area, processor);
-      const pack = packedRows(picture, tilesOf(area), side);
+      const pack = packedRows(picture, inTiles(area), side);
       return {
         inputs: {
-          pixels: { data: pixels, dims: [pixels.length / (3 * tile * tile), 3, tile, tile] },
+          pixels: pixelsOf(tilesOf(picture, area, processor), processor, levels),
           pack: { data: pack, dims: [pack.length] },
         },
         image: { count: pack.length },
@@ -75,10 +94,10 @@ function oneSize(processor: ProcessorConfig, side: number): Pictures {
       check(size, limits);
       return side * side;
     },
-    visionPass(picture, limits) {
+    visionPass(picture, limits, levels = false) {
       check(picture, limits);
       return {
-        inputs: { pixels: { data: processSquare(picture, processor), dims: [1, 3, tile, tile] } },
+        inputs: { pixels: pixelsOf([middleOf(picture, processor)], processor, levels) },
         image: { count: side * side },
       };
     },

@@ -68,37 +68,50 @@ export function bestArea({ width, height }: Size, areas: readonly Size[]): Size 
   return best;
 }
 
-/** The whole picture as a square, then the tiles of the picture in its area, row by row: [1+tiles,3,S,S]. */
-export function processTiles(picture: Picture, target: Size, config: ProcessorConfig): Float32Array {
-  const { tile } = config;
+/** The whole picture as a square, then the tiles of the picture in its area, row by row. */
+export function tilesOf(picture: Picture, target: Size, { tile }: ProcessorConfig): Square[] {
   const padded = padTo(resizeInto(picture, target), target);
   const squares = [{ from: resizeBicubic(picture, tile, tile), top: 0, left: 0, side: tile }];
   for (let top = 0; top < target.height; top += tile)
     for (let left = 0; left < target.width; left += tile) squares.push({ from: padded, top, left, side: tile });
-  return normalize(squares, config);
+  return squares;
 }
 
-/** LLaVA-1.5: the shorter edge brought to S, and the square in the middle, [1,3,S,S]. */
-export function processSquare(picture: Picture, config: ProcessorConfig): Float32Array {
-  const { tile } = config;
+/** LLaVA-1.5: the shorter edge brought to S, and the square in the middle. */
+export function middleOf(picture: Picture, { tile }: ProcessorConfig): Square {
   const short = Math.min(picture.width, picture.height);
   const [width, height] = [picture.width, picture.height].map((n) =>
     n === short ? tile : Math.trunc((tile * n) / short),
   );
   const from = resizeBicubic(picture, width, height);
   const [top, left] = [height, width].map((n) => Math.trunc((n - tile) / 2));
-  return normalize([{ from, top, left, side: tile }], config);
+  return { from, top, left, side: tile };
 }
 
-type Square = { from: Picture; top: number; left: number; side: number };
+/** `side` pixels a side of a picture. */
+export type Square = { from: Picture; top: number; left: number; side: number };
 
-function normalize(squares: readonly Square[], config: Normalization): Float32Array {
+/** The tower's numbers [squares,3,S,S]. */
+export function normalize(squares: readonly Square[], config: Normalization): Float32Array {
   const tables = [0, 1, 2].map((channel) => levels(config, channel));
   const plane = squares[0].side ** 2;
   const out = new Float32Array(squares.length * 3 * plane);
   for (const [i, square] of squares.entries())
     for (let channel = 0; channel < 3; channel++)
       writeSquare(out, (3 * i + channel) * plane, square.from, square, channel, tables[channel]);
+  return out;
+}
+
+/** The levels of squares, [squares,S,S,3]. */
+export function cut(squares: readonly Square[]): Uint8Array {
+  const row = 3 * squares[0].side;
+  const out = new Uint8Array(squares.length * row * squares[0].side);
+  let at = 0;
+  for (const { from, top, left, side } of squares)
+    for (let y = top; y < top + side; y++, at += row) {
+      const start = 3 * (y * from.width + left);
+      out.set(from.rgb.subarray(start, start + row), at);
+    }
   return out;
 }
 

@@ -6,6 +6,7 @@ import { matMul } from "../../ops/matmul.ts";
 import { layerNorm } from "../../ops/norm.ts";
 import { concat, gather, padFront, reshape, slice, split, transpose } from "../../ops/shape.ts";
 import { linear, parameter } from "../layers.ts";
+import { type Normalization, numbersOf } from "../pixels.ts";
 import type { TensorSource } from "../weights.ts";
 import type { VisionConfig } from "./config.ts";
 
@@ -13,18 +14,23 @@ import type { VisionConfig } from "./config.ts";
  * Tiles of one picture to the rows that take its image tokens' places (CLIPVisionTransformer without its last layers,
  * LlavaNextMultiModalProjector). Inputs: pixels [tiles,3,S,S]; with a newline pack i64 [R]: the place of each row among the
  * tiles' features, one tile after the other, with the newline after all of them (pack_image_features of LlavaNextModel is
- * this selection). Output: rows [R,out]; without a newline the features as they are, [tiles·patches,out].
+ * this selection). A graph that binds its weights takes pixels u8 [tiles,S,S,3], levels. Output: rows [R,out]; without
+ * a newline the features as they are, [tiles·patches,out].
  */
-export function visionGraph(c: VisionConfig, w: TensorSource, options: GraphOptions): Graph {
+export function visionGraph(
+  c: VisionConfig,
+  normalization: Normalization,
+  w: TensorSource,
+  options: GraphOptions,
+): Graph {
   const g = new Graph(options);
-  const pixels = g.input("pixels", g.dtype, ["tiles", 3, c.tile, c.tile]);
   const patches = (c.tile / c.patch) ** 2;
   const tower = `${c.prefix}vision_tower.vision_model`;
   const norm = (name: string, y: Value) => {
     const part = (p: string) => parameter(g, w.get(`${name}.${p}`, [c.width]));
     return layerNorm(g, y, part("weight"), part("bias"), c.epsilon);
   };
-  let x = norm(`${tower}.pre_layrnorm`, embeddings(g, pixels, c, w, `${tower}.embeddings`)); // the tensor's name is spelt so
+  let x = norm(`${tower}.pre_layrnorm`, embeddings(g, c, normalization, w, `${tower}.embeddings`)); // the tensor's name is spelt so
   for (let i = 0; i < c.layers; i++) {
     const name = `${tower}.encoder.layers.${i}`;
     x = add(g, x, attention(g, norm(`${name}.layer_norm1`, x), c, w, `${name}.self_attn`));
@@ -44,11 +50,22 @@ export function visionGraph(c: VisionConfig, w: TensorSource, options: GraphOpti
   return g;
 }
 
-/** CLIPVisionEmbeddings: the class token and each patch, at their places. [tiles,3,S,S] to [tiles,1+patches,width]. */
-function embeddings(g: Graph, pixels: Value, c: VisionConfig, w: TensorSource, name: string): Value {
+/** The input's patches [tiles,side,side,3,p,p]. */
+function patchesOf(g: Graph, { tile, patch }: VisionConfig, normalization: Normalization): Value {
+  const side = tile / patch;
+  const cut = (pixels: Value, dims: number[], perm: number[]) =>
+    transpose(g, reshape(g, pixels, [-1, ...dims], "tiles"), perm);
+  if (!g.binds)
+    return cut(g.input("pixels", g.dtype, ["tiles", 3, tile, tile]), [3, side, patch, side, patch], [0, 2, 4, 1, 3, 5]);
+  const levels = g.input("pixels", "u8", ["tiles", tile, tile, 3]);
+  return cut(numbersOf(g, levels, normalization), [side, patch, side, patch, 3], [0, 1, 3, 5, 2, 4]);
+}
+
+/** CLIPVisionEmbeddings: the class token and each patch, at their places. [tiles,1+patches,width]. */
+function embeddings(g: Graph, c: VisionConfig, normalization: Normalization, w: TensorSource, name: string): Value {
   const side = c.tile / c.patch;
   const numbers = 3 * c.patch ** 2;
-  const cells = transpose(g, reshape(g, pixels, [-1, 3, side, c.patch, side, c.patch], "tiles"), [0, 2, 4, 1, 3, 5]);
+  const cells = patchesOf(g, c, normalization);
   const kernel = parameter(g, w.get(`${name}.patch_embedding.weight`, [c.width, 3, c.patch, c.patch]));
   const matrix = transpose(g, reshape(g, kernel, [c.width, numbers]), [1, 0]);
   const patches = matMul(g, reshape(g, cells, [-1, side * side, numbers], "tiles"), matrix);

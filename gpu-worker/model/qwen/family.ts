@@ -1,19 +1,19 @@
 /** Qwen2.5-VL as a family: what the rest of the engine asks of it, and the inputs of its vision tower. */
 import { join } from "node:path";
-import type { PixelLimits } from "../../../shared/protocol.ts";
 import type { Picture } from "../../input/decode.ts";
 import { parseConfig } from "../config.ts";
-import type { Family, VisionPass } from "../family.ts";
-import { frequencies } from "../rope.ts";
+import type { Family, InputData, VisionPass } from "../family.ts";
+import { frequencies, ropeTable } from "../rope.ts";
 import { readJson } from "../weights.ts";
 import { loadQwenConfig, type VisionConfig } from "./config.ts";
 import { expandPrompt } from "./positions.ts";
-import { imageGrid, imageTokens, ProcessorConfig, processImage } from "./processor.ts";
+import { type Grid, imageGrid, imageTokens, ProcessorConfig, processImage, resizeToGrid } from "./processor.ts";
 import { type VisionLayout, visionGraph, visionLayout } from "./vision.ts";
 
 /** Reads config.json, generation_config.json and preprocessor_config.json; CheckpointError names the file and the field. */
 export function qwenFamily(folder: string): Family {
   const config = loadQwenConfig(folder);
+  const { merge } = config.vision;
   const file = join(folder, "preprocessor_config.json");
   const processor = parseConfig(ProcessorConfig, readJson(file), file);
   return {
@@ -21,32 +21,59 @@ export function qwenFamily(folder: string): Family {
     rotaryAxes: config.mropeSection.flatMap((n, row) => new Array<number>(n).fill(row)),
     pixels: { minPixels: processor.minPixels, maxPixels: processor.maxPixels },
     imageTokens: (size, limits) => imageTokens(imageGrid(size, { ...processor, ...limits }), processor),
-    visionGraph: (w, options) => visionGraph(config.vision, w, options),
-    visionPass: (picture, limits) => visionPass(picture, limits, processor, config.vision),
+    visionGraph: (w, options) => visionGraph(config.vision, processor, w, options),
+    visionPass(picture, limits, levels = false) {
+      const limited = { ...processor, ...limits };
+      const { pixels, grid } = levels ? levelsOf(picture, limited) : numbersOf(picture, limited);
+      return {
+        inputs: { pixels, ...placesOf(grid, config.vision) },
+        image: { count: imageTokens(grid, processor), grid: [grid[1] / merge, grid[2] / merge] },
+      };
+    },
     expandPrompt: (tokens, images) => expandPrompt(tokens, images, config.imageToken),
   };
 }
 
-function visionPass(picture: Picture, limits: PixelLimits, processor: ProcessorConfig, c: VisionConfig): VisionPass {
-  const { pixels, grid } = processImage(picture, { ...processor, ...limits });
-  const [, height, width] = grid;
+interface Pixels {
+  pixels: { data: InputData; dims: number[] };
+  grid: Grid;
+}
+
+function numbersOf(picture: Picture, config: ProcessorConfig): Pixels {
+  const { pixels, grid } = processImage(picture, config);
+  const patches = grid[1] * grid[2];
+  return { pixels: { data: pixels, dims: [patches, pixels.length / patches] }, grid };
+}
+
+/** The resized picture as it is, with a shape that tells the patches of merge blocks apart. */
+function levelsOf(picture: Picture, config: ProcessorConfig): Pixels {
+  const { resized, grid } = resizeToGrid(picture, config);
+  const { mergeSize: merge, patchSize: side } = config;
+  return { pixels: { data: resized.rgb, dims: [grid[1] / merge, merge, side, grid[2] / merge, merge, side, 3] }, grid };
+}
+
+/** The inputs that depend on nothing but the grid. */
+function placesOf([, height, width]: Grid, c: VisionConfig): VisionPass["inputs"] {
   const layout = visionLayout(height, width, c);
   const { windows, size } = layout;
   const patches = height * width;
   const half = c.width / c.heads / 2;
-  const [cos, sin] = angles(layout, half);
+  const { cos, sin } = angles(layout, half, Math.max(height, width));
   return {
-    inputs: {
-      pixels: { data: pixels, dims: [patches, pixels.length / patches] },
-      positions: { data: BigInt64Array.from({ length: patches }, (_, i) => BigInt(i)), dims: [1, patches] },
-      row_patch: { data: BigInt64Array.from(layout.rowPatch, BigInt), dims: [windows * size] },
-      patch_row: { data: BigInt64Array.from(layout.patchRow, BigInt), dims: [patches] },
-      mask: { data: paddingMask(layout), dims: [windows, 1, size, size] },
-      cos: { data: cos, dims: [patches, half] },
-      sin: { data: sin, dims: [patches, half] },
-    },
-    image: { count: imageTokens(grid, processor), grid: [height / c.merge, width / c.merge] },
+    positions: { data: bigInts(Int32Array.from({ length: patches }, (_, i) => i)), dims: [1, patches] },
+    row_patch: { data: bigInts(layout.rowPatch), dims: [windows * size] },
+    patch_row: { data: bigInts(layout.patchRow), dims: [patches] },
+    mask: { data: paddingMask(layout), dims: [windows, 1, size, size] },
+    cos: { data: cos, dims: [patches, half] },
+    sin: { data: sin, dims: [patches, half] },
   };
+}
+
+/** A plain loop: BigInt64Array.from takes several times as long. */
+function bigInts(values: Int32Array): BigInt64Array {
+  const out = new BigInt64Array(values.length);
+  for (let i = 0; i < values.length; i++) out[i] = BigInt(values[i]);
+  return out;
 }
 
 /** -inf where a window's row would look at padding. */
@@ -61,15 +88,17 @@ function paddingMask({ windows, size, real }: VisionLayout): Float32Array {
 }
 
 /** 2-D rotary angles: the first half of the frequencies turns with the patch's row, the second with its column. */
-function angles({ rows, columns }: VisionLayout, half: number): [cos: Float32Array, sin: Float32Array] {
-  const frequency = frequencies(half, 10000); // Qwen2_5_VisionRotaryEmbedding fixes theta
-  const n = frequency.length;
-  const [cos, sin] = [new Float32Array(rows.length * half), new Float32Array(rows.length * half)];
-  for (let i = 0; i < rows.length; i++)
-    for (let f = 0; f < half; f++) {
-      const angle = Math.fround((f < n ? rows[i] : columns[i]) * frequency[f % n]);
-      cos[i * half + f] = Math.cos(angle);
-      sin[i * half + f] = Math.sin(angle);
-    }
-  return [cos, sin];
+function angles({ rows, columns }: VisionLayout, half: number, places: number) {
+  const n = half / 2;
+  const table = ropeTable(places, frequencies(half, 10000)); // Qwen2_5_VisionRotaryEmbedding fixes theta
+  const spread = (of: Float32Array) => {
+    const out = new Float32Array(rows.length * half);
+    for (let i = 0, to = 0; i < rows.length; i++, to += half)
+      for (let f = 0; f < n; f++) {
+        out[to + f] = of[rows[i] * n + f];
+        out[to + n + f] = of[columns[i] * n + f];
+      }
+    return out;
+  };
+  return { cos: spread(table.cos), sin: spread(table.sin) };
 }

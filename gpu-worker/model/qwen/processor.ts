@@ -87,14 +87,19 @@ export function imageTokens(grid: Grid, config: ProcessorConfig): number {
   return (grid[0] * grid[1] * grid[2]) / config.mergeSize ** 2;
 }
 
+/** The picture at the size that is cut into the grid's patches. Throws as smartResize. */
+export function resizeToGrid(picture: Picture, config: ProcessorConfig): { resized: Picture; grid: Grid } {
+  const grid = imageGrid(picture, config);
+  return { resized: resizeBicubic(picture, grid[2] * config.patchSize, grid[1] * config.patchSize), grid };
+}
+
 /**
  * Resizes, normalizes and cuts a picture into patches. Patches come in merge blocks (mergeSize² neighbours together,
  * blocks row by row), each as [channel, frame, row, column] with the one frame repeated. Throws as smartResize.
  */
 export function processImage(picture: Picture, config: ProcessorConfig): ProcessedImage {
-  const grid = imageGrid(picture, config);
+  const { resized, grid } = resizeToGrid(picture, config);
   const [, rows, columns] = grid;
-  const resized = resizeBicubic(picture, columns * config.patchSize, rows * config.patchSize);
   const perPatch = 3 * config.temporalPatchSize * config.patchSize ** 2;
   const pixels = new Float32Array(rows * columns * perPatch);
   const tables = [0, 1, 2].map((channel) => levels(config, channel));

@@ -4,8 +4,9 @@ import { multiHeadAttention, rotaryEmbedding } from "../../ops/attention.ts";
 import { add, gelu } from "../../ops/elementwise.ts";
 import { matMul } from "../../ops/matmul.ts";
 import { rmsNorm } from "../../ops/norm.ts";
-import { gather, reshape, split, transpose } from "../../ops/shape.ts";
+import { concat, gather, reshape, split, transpose } from "../../ops/shape.ts";
 import { gatedMlp, linear, parameter } from "../layers.ts";
+import { type Normalization, numbersOf } from "../pixels.ts";
 import type { TensorSource } from "../weights.ts";
 import type { VisionConfig } from "./config.ts";
 
@@ -16,13 +17,19 @@ const EPSILON = 1e-6; // Qwen2_5_VLVisionBlock fixes it
  * Rows stay in the processor's order; only windowed attention gathers them into windows, each padded to its full size, so
  * that windows are a batch. Inputs: pixels [P,C·T·p·p]; cos, sin [P,head/2]; positions i64 [1,P]: 0, 1, 2, …; row_patch
  * i64 [W·S]: the patch in each window's row; patch_row i64 [P]: the row of each patch; mask [W,1,S,S]: -inf in padding's
- * columns. Output: rows [P/merge²,out], in reading order.
+ * columns. A graph that binds its weights takes pixels u8 [H/merge,merge,p,W/merge,merge,p,3], patches a side H and W:
+ * levels in reading order. Output: rows [P/merge²,out], in reading order.
  */
-export function visionGraph(c: VisionConfig, w: TensorSource, options: GraphOptions): Graph {
+export function visionGraph(
+  c: VisionConfig,
+  normalization: Normalization,
+  w: TensorSource,
+  options: GraphOptions,
+): Graph {
   const g = new Graph(options);
   const pixelsPerPatch = 3 * c.temporalPatch * c.patch * c.patch;
   const size = (c.window * c.merge) ** 2;
-  const pixels = g.input("pixels", g.dtype, ["P", pixelsPerPatch]);
+  const pixels = g.binds ? patches(g, c, normalization) : g.input("pixels", g.dtype, ["P", pixelsPerPatch]);
   const inputs: AttentionInputs = {
     cos: g.input("cos", g.dtype, ["P", c.width / c.heads / 2]),
     sin: g.input("sin", g.dtype, ["P", c.width / c.heads / 2]),
@@ -47,6 +54,15 @@ export function visionGraph(c: VisionConfig, w: TensorSource, options: GraphOpti
   }
   g.output("rows", merger(g, x, c, w));
   return g;
+}
+
+/** The processor's patches [P,3·T·p·p], made of levels; the one frame stands for all. */
+function patches(g: Graph, { merge, patch, temporalPatch }: VisionConfig, normalization: Normalization): Value {
+  const levels = g.input("pixels", "u8", ["down", merge, patch, "across", merge, patch, 3]);
+  const blocks = transpose(g, numbersOf(g, levels, normalization), [0, 3, 1, 4, 6, 2, 5]);
+  const frame = reshape(g, blocks, [-1, 3, 1, patch * patch], "P");
+  const frames = concat(g, new Array<Value>(temporalPatch).fill(frame), 2);
+  return reshape(g, frames, [-1, 3 * temporalPatch * patch * patch], "P");
 }
 
 type AttentionInputs = Record<"rowPatch" | "patchRow" | "mask" | "cos" | "sin" | "positions", Value>;
