@@ -178,6 +178,8 @@ describe("the command line", () => {
     [["generate"], /either --prompt or --messages is needed/],
     [["generate", "--prompt", "Hi", "--messages", "x.json"], /--messages stands alone/],
     [["generate", "--prompt", "Hi", "--image", "nowhere.png"], /image nowhere\.png/],
+    [["generate", "--prompt", "Hi", "--dtype", "f16"], /--dtype is for --device cuda/],
+    [["generate", "--prompt", "Hi", "--device", "cuda", "--depth", "9"], /--depth is 9; it must be .* from 0 to 8/],
     [["serve", "--port", "70000"], /--port is 70000/],
     [["serve", "--deadline", "0"], /--deadline is 0/],
     [["serve", "--drain", "soon"], /--drain is soon/],

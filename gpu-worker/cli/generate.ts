@@ -11,7 +11,7 @@ import { engineOptions, type Flags, MODEL_FLAGS, number, parseFlags, UsageError 
 
 export const GENERATE_HELP = `vispec generate --image FILE … --prompt TEXT | --messages FILE.json
   [--model DIR] [--draft DIR] [--drafter vispec|none] [--total-token N --depth N --top-k-draft N]
-  [--temperature T --top-p P --top-k K --min-p P --seed S] [--max-tokens N] [--device cpu|cuda|webgpu] [--threads N] [--context N] [--json]`;
+  [--temperature T --top-p P --top-k K --min-p P --seed S] [--max-tokens N] [--device cpu|cuda|webgpu] [--threads N] [--context N] [--dtype bf16|f16|f32] [--draft-vocab N] [--json]`;
 
 /** Bytes of a file that the command line names. */
 function read(file: string, what: string): Buffer {

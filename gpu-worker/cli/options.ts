@@ -65,22 +65,29 @@ export function oneOf<T extends string>(flags: Flags, name: string, choices: rea
   return value as T;
 }
 
+/** The largest trees: those of a GPU are grown by kernels of fixed sizes (cuda/tree.cu). */
+const MOST = { cuda: { nodes: 128, depth: 8, topK: 10 }, others: { nodes: 1024, depth: 64, topK: 64 } };
+
 /** The tree, if any of its flags is given; the others are then the paper's defaults. */
-function treeShape(flags: Flags): TreeShape | undefined {
-  const totalToken = number(flags, "total-token", { min: 1, max: 1024 });
-  const depth = number(flags, "depth", { min: 0, max: 64 });
-  const topK = number(flags, "top-k-draft", { min: 1, max: 64 });
+function treeShape(flags: Flags, device: EngineOptions["device"]): TreeShape | undefined {
+  const most = device === "cuda" ? MOST.cuda : MOST.others;
+  const totalToken = number(flags, "total-token", { min: 1, max: most.nodes });
+  const depth = number(flags, "depth", { min: 0, max: most.depth });
+  const topK = number(flags, "top-k-draft", { min: 1, max: most.topK });
   if (totalToken === undefined && depth === undefined && topK === undefined) return undefined;
   return { totalToken: totalToken ?? 30, depth: depth ?? 3, topK: topK ?? 8 };
 }
 
 export function engineOptions(flags: Flags): EngineOptions {
+  const device = oneOf(flags, "device", ["cpu", "cuda", "webgpu"]);
+  for (const name of ["dtype", "draft-vocab"])
+    if (flags[name] !== undefined && device !== "cuda") throw new UsageError(`--${name} is for --device cuda`);
   return {
     model: (flags.model as string | undefined) ?? DEFAULT_MODEL,
     draft: flags.draft as string | undefined,
     drafter: oneOf(flags, "drafter", ["vispec", "none"]),
-    shape: treeShape(flags),
-    device: oneOf(flags, "device", ["cpu", "cuda", "webgpu"]),
+    shape: treeShape(flags, device),
+    device,
     threads: number(flags, "threads", { min: 1, max: 1024 }),
     context: number(flags, "context", { min: 2 }),
     dtype: oneOf(flags, "dtype", ["f32", "f16", "bf16"]),

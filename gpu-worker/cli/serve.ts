@@ -11,7 +11,7 @@ import { engineOptions, type Flags, MODEL_FLAGS, number, oneOf, parseFlags, Usag
 
 export const SERVE_HELP = `vispec serve [--port N] [--host ADDRESS] [--max-waiting N] [--deadline SECONDS] [--drain SECONDS]
   [--image-urls off|public|any] [--model DIR] [--draft DIR] [--drafter vispec|none]
-  [--total-token N --depth N --top-k-draft N] [--device cpu|cuda|webgpu] [--threads N] [--context N]
+  [--total-token N --depth N --top-k-draft N] [--device cpu|cuda|webgpu] [--threads N] [--context N] [--dtype bf16|f16|f32] [--draft-vocab N]
   npm start takes the same but for --port (PORT) and --host; API_KEYS and CORS_ORIGINS are the edge's.
   WORKER_SECRET is what edge and worker share; a --host that is not this machine alone needs it.
   SIGTERM refuses new requests, and ends when those under way are answered, after --drain seconds at the latest.`;
