@@ -15,7 +15,13 @@ function fail(call: number, thrown: unknown, what: object): void {
   if (status >= 500 && !running.get(call)?.signal.aborted)
     logToStderr("error", "the engine failed", { ...what, error: describeError(thrown) });
   send({ call, error: { status, message, code, param } });
+  if (status < 500 || engine?.healthy !== false) return;
+  // The parent starts another process; no call on this device would succeed any more.
+  logToStderr("error", "the device is lost to this process, which ends", { ...what });
+  process.exit(1);
 }
+
+let engine: LocalEngine | undefined;
 
 async function generate(engine: LocalEngine, call: number, request: GenerateRequest, images: string[]): Promise<void> {
   const controller = new AbortController();
@@ -50,7 +56,7 @@ function serve(engine: LocalEngine): void {
 for (const signal of ["SIGINT", "SIGTERM"] as const) process.on(signal, () => {});
 process.on("disconnect", () => process.exit(0));
 try {
-  const engine = new LocalEngine(JSON.parse(process.argv[2]));
+  engine = new LocalEngine(JSON.parse(process.argv[2]));
   await engine.warmUp();
   serve(engine);
 } catch (thrown) {

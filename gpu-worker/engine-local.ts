@@ -98,6 +98,7 @@ export class LocalEngine implements Engine {
   readonly drafter: Drafter;
   readonly #parts: Parts;
   readonly #images: ImageStore;
+  #turn: Promise<void> = Promise.resolve();
 
   /** Loads the checkpoint; CheckpointError says what does not fit. */
   constructor(options: EngineOptions) {
@@ -156,11 +157,17 @@ export class LocalEngine implements Engine {
     const expanded = family.expandPrompt([0, ...images.map(() => config.imageToken), 0], images);
     const imageRows = images.map(({ rows }) => rows);
     const samplers = [new Sampler(GREEDY)];
-    const options = { samplers, maxTokens: 100, stopTokens: new Set<number>(), signal: new AbortController().signal };
+    const maxTokens = Math.min(100, config.contextLength - expanded.tokens.length);
+    const options = { samplers, maxTokens, stopTokens: new Set<number>(), signal: new AbortController().signal };
     const choices = decode(this.target, this.drafter, { expanded, imageRows }, options);
     const enough = performance.now() + 300;
     for await (const cycles of choices) for await (const _cycle of cycles) if (performance.now() > enough) break;
     this.#parts.forget();
+  }
+
+  /** False when the device is lost to this process: it must end. */
+  get healthy(): boolean {
+    return this.runtime.cuda?.healthy ?? true;
   }
 
   async missingImages(keys: string[]): Promise<string[]> {
@@ -178,7 +185,21 @@ export class LocalEngine implements Engine {
       if (!image) throw new ApiError(409, `image ${i} is not held any more; try again`, { code: "image_missing" });
       return image;
     });
-    yield* generate(this, request, held, signal);
+    if (this.runtime.cuda) yield* this.#inTurn(() => generate(this, request, held, signal));
+    else yield* generate(this, request, held, signal);
+  }
+
+  /** On a GPU one sequence has memory: one that was aborted may not have given it back when the next request comes. */
+  async *#inTurn(steps: () => AsyncGenerator<Step>): AsyncGenerator<Step> {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const before = this.#turn;
+    this.#turn = promise;
+    await before;
+    try {
+      yield* steps();
+    } finally {
+      resolve();
+    }
   }
 
   async close(): Promise<void> {

@@ -179,6 +179,7 @@ describe("the command line", () => {
     [["generate", "--prompt", "Hi", "--messages", "x.json"], /--messages stands alone/],
     [["generate", "--prompt", "Hi", "--image", "nowhere.png"], /image nowhere\.png/],
     [["generate", "--prompt", "Hi", "--dtype", "f16"], /--dtype is for --device cuda/],
+    [["generate", "--prompt", "Hi", "--device", "cuda", "--draft-vocab", "5"], /--draft-vocab is 5; .* at least 64/],
     [["generate", "--prompt", "Hi", "--device", "cuda", "--depth", "9"], /--depth is 9; it must be .* from 0 to 8/],
     [["serve", "--port", "70000"], /--port is 70000/],
     [["serve", "--deadline", "0"], /--deadline is 0/],

@@ -17,6 +17,7 @@ import { DTYPES } from "../engine/runtime.ts";
 import type { Prompt } from "../engine/target.ts";
 import type { LocalEngine } from "../engine-local.ts";
 import { decodeImage } from "../input/decode.ts";
+import { UsageError } from "./options.ts";
 
 /** The paper's tree. */
 const PAPER: TreeShape = MENU.find(({ totalToken, depth }) => totalToken === 30 && depth === 3)!;
@@ -25,6 +26,8 @@ const ANSWER = 256;
 /** Of a picture of about 1,000 tokens where patches are Qwen's. */
 const PIXELS = { minPixels: 896 * 896, maxPixels: 896 * 896 };
 const REPEATS = 15;
+/** A picture of a thousand tokens and a text; as much of an answer after a prompt. */
+const LEAST_CONTEXT = 2048;
 const GREEDY: Sampling = {
   ...{ temperature: 0, topK: 0, topP: 1, minP: 0, seed: 0 },
   ...{ repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] },
@@ -56,7 +59,7 @@ function ratesOf({ cuda, elementwise }: CudaModel) {
 /** Milliseconds of the device for passes after `past` rows, each a replayed graph. */
 function passesOf(target: CudaTarget, past: number) {
   const { model } = target;
-  using sequence = target.begin({ expanded: model.family.expandPrompt([0], []), imageRows: [] });
+  using sequence = target.begin({ expanded: model.family.expandPrompt([0], []), imageRows: [] }, 0);
   target.prefill(sequence, past);
   const time = (run: () => void) => {
     using graph = model.cuda.capture(run);
@@ -67,8 +70,9 @@ function passesOf(target: CudaTarget, past: number) {
     sequence.step(shape);
     return sequence.cycle(shape);
   };
-  const verify = NODES.map((totalToken) => {
-    const shape = totalToken === 1 ? PLAIN : { totalToken, depth: model.draft ? 3 : 0, topK: model.draft ? 8 : 1 };
+  // Without a draft there is no tree to verify.
+  const verify = (model.draft ? NODES : [1]).map((totalToken) => {
+    const shape = totalToken === 1 ? PLAIN : { totalToken, depth: 3, topK: 8 };
     const cycle = cycleOf(shape);
     return time(() => cycle.queueVerify());
   });
@@ -189,6 +193,9 @@ function noise(seed: number): Promise<Buffer> {
 /** Prints tables, or JSON; the engine must be on CUDA. */
 export async function benchCuda(engine: LocalEngine, bench: CudaBench, signal: AbortSignal) {
   const [model, target] = [engine.parts.model as CudaModel, engine.parts.target as CudaTarget];
+  const { contextLength } = model.config;
+  if (contextLength < LEAST_CONTEXT)
+    throw new UsageError(`a context of ${contextLength} tokens is too short for the bench: ${LEAST_CONTEXT} at least`);
   const rates = ratesOf(model);
   const past = Math.min(bench.past, model.config.contextLength - ANSWER - 1);
   const passes = passesOf(target, past);
@@ -214,7 +221,7 @@ export async function benchCuda(engine: LocalEngine, bench: CudaBench, signal: A
     }
   }
   const firstToken = await firstTokenOf(engine, target, signal);
-  return { device: model.cuda.name, dtype: model.dtype, rates, passBytes: model.passBytes, past, limits, nodes: NODES, passes, speeds, firstToken }; // biome-ignore format: one list
+  return { device: model.cuda.name, dtype: model.dtype, rates, passBytes: model.passBytes, past, limits, nodes: NODES.slice(0, passes.verify.length), passes, speeds, firstToken }; // biome-ignore format: one list
 }
 
 type Result = Awaited<ReturnType<typeof benchCuda>>;

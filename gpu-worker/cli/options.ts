@@ -65,6 +65,8 @@ export function oneOf<T extends string>(flags: Flags, name: string, choices: rea
   return value as T;
 }
 
+/** Tokens that a draft must be able to propose: more than a node has children. */
+const LEAST_VOCABULARY = 64;
 /** The largest trees: those of a GPU are grown by kernels of fixed sizes (cuda/tree.cu). */
 const MOST = { cuda: { nodes: 128, depth: 8, topK: 10 }, others: { nodes: 1024, depth: 64, topK: 64 } };
 
@@ -82,6 +84,9 @@ export function engineOptions(flags: Flags): EngineOptions {
   const device = oneOf(flags, "device", ["cpu", "cuda", "webgpu"]);
   for (const name of ["dtype", "draft-vocab"])
     if (flags[name] !== undefined && device !== "cuda") throw new UsageError(`--${name} is for --device cuda`);
+  const draftVocabulary = number(flags, "draft-vocab", { min: 0 });
+  if (draftVocabulary && draftVocabulary < LEAST_VOCABULARY)
+    throw new UsageError(`--draft-vocab is ${draftVocabulary}; it must be 0, for all, or at least ${LEAST_VOCABULARY}`);
   return {
     model: (flags.model as string | undefined) ?? DEFAULT_MODEL,
     draft: flags.draft as string | undefined,
@@ -91,6 +96,6 @@ export function engineOptions(flags: Flags): EngineOptions {
     threads: number(flags, "threads", { min: 1, max: 1024 }),
     context: number(flags, "context", { min: 2 }),
     dtype: oneOf(flags, "dtype", ["f32", "f16", "bf16"]),
-    draftVocabulary: number(flags, "draft-vocab", { min: 0 }),
+    draftVocabulary,
   };
 }

@@ -121,6 +121,11 @@ export class Cuda {
     call("cuMemsetD8Async", pointer, byte, bytes, this.stream);
   }
 
+  /** False after an error that no later call recovers from (a fault in a kernel, a lost device). */
+  get healthy(): boolean {
+    return api.cuStreamSynchronize(this.stream) === 0;
+  }
+
   /** Waits until everything that was queued is done. */
   synchronize(): void {
     call("cuStreamSynchronize", this.stream);

@@ -63,11 +63,11 @@ extern "C" __global__ void gatherRows(void* out, const void* table, const int* i
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// out[r, i] = silu(x[r, i]) * x[r, inner + i]; blocks (pieces of a row, rows); eight values a thread where they are narrow.
+// out[r, i] = silu(x[r, i]) * x[r, inner + i]; blocks (rows, pieces of a row); eight values a thread where they are narrow.
 extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int type) {
   awaitInputs();
-  const long long row = blockIdx.y;
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const long long row = blockIdx.x;
+  const int i = blockIdx.y * blockDim.x + threadIdx.x;
   if (type == 0) {
     if (i >= inner) return;
     const float* g = (const float*)x + row * 2 * inner;

@@ -52,7 +52,7 @@ export class Elementwise {
   /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits. */
   gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float): void {
     const threads = type === "f32" ? inner : inner / 8;
-    this.#kernels.gatedSilu.launch([Math.ceil(threads / THREADS), rows, 1], THREADS, 0, out, x, inner, TYPES[type]);
+    this.#kernels.gatedSilu.launch([rows, Math.ceil(threads / THREADS), 1], THREADS, 0, out, x, inner, TYPES[type]);
   }
 
   /** [table[ids] ; hidden[hiddenRows]] where keep is not 0, else zeros: [rows,2·width]; indices i64. */

@@ -84,7 +84,11 @@ export function cachedCubin(...what: Parameters<typeof compileCubin>): Uint8Arra
     folder,
     `kernel-${createHash("sha256").update(JSON.stringify(what)).digest("hex").slice(0, 24)}.cubin`,
   );
-  if (existsSync(file)) return readFileSync(file);
+  try {
+    if (existsSync(file)) return readFileSync(file);
+  } catch {
+    // Compiled anew.
+  }
   const cubin = compileCubin(...what);
   try {
     const temporary = `${file}.${randomUUID()}`;

@@ -7,6 +7,7 @@ import { createRequire } from "node:module";
 import { availableParallelism } from "node:os";
 import { dirname, join } from "node:path";
 import koffi from "koffi";
+import { CheckpointError } from "../../shared/errors.ts";
 import { Cuda } from "../cuda/driver.ts";
 import { type CustomOp, customOp, type KernelApi } from "./custom-op.ts";
 import { functions } from "./ort-api.ts";
@@ -128,7 +129,18 @@ export class Runtime {
     this.#threads = options.threads ?? Math.min(MOST_THREADS, availableParallelism());
     this.#hostInfo = create(api.CreateMemoryInfo, "Cpu", 0, 0, 0);
     this.#hostAllocator = create(api.GetAllocatorWithDefaultOptions);
-    if (this.device === "cuda") this.cuda = Cuda.open();
+    if (this.device === "cuda") {
+      try {
+        this.cuda = Cuda.open();
+      } catch (error) {
+        throw new CheckpointError(`device cuda: ${(error as Error).message}`, { cause: error });
+      }
+      const provider = join(dirname(libraryPath()), "libonnxruntime_providers_cuda.so");
+      if (!existsSync(provider))
+        throw new CheckpointError(
+          `${provider} is missing: npm run cuda (vispec cuda) fetches ONNX Runtime's CUDA provider`,
+        );
+    }
     const names = { cpu: "Cpu", cuda: "Cuda", webgpu: "WebGPU_Buf" };
     this.#deviceInfo =
       this.device === "cpu" ? this.#hostInfo : create(api.CreateMemoryInfo, names[this.device], 0, 0, 0);
@@ -188,7 +200,11 @@ export class Runtime {
   }
 
   readonly #runCustom = (session: Handle, binding: Handle): void => {
-    this.#run(session, binding);
+    try {
+      this.#run(session, binding);
+    } catch (error) {
+      this.#failure.error ??= error; // what an operator threw comes first: this is what followed
+    }
     const { error } = this.#failure;
     this.#failure.error = undefined;
     if (error) throw error;

@@ -118,7 +118,7 @@ export class CudaDraftState implements Disposable {
     const { images } = prompt.expanded;
     const end = prompt.expanded.tokens.length - 1;
     // Row 0 is the bias without a picture; each picture has its adapted rows, and then the bias after it.
-    const table = this.#model.runtime.tensor(this.#model.dtype, (1 + images.length * queries) * hidden, "device");
+    using table = this.#model.runtime.tensor(this.#model.dtype, (1 + images.length * queries) * hidden, "device");
     this.#biasOf(table, 0, undefined);
     const rows: Row[] = [];
     let at = 0;
@@ -137,7 +137,6 @@ export class CudaDraftState implements Disposable {
     this.#run(rows, table);
     this.position = end;
     this.#model.cuda.synchronize();
-    table[Symbol.dispose]();
   }
 
   /** The adaptor's outputs for picture i: its rows into the table's, its last one as the bias after the picture. */

@@ -1,4 +1,5 @@
 /** One sequence on the GPU: its prompt, and cycles of drafting and verification, each a captured graph. */
+import type { Pinned } from "../../cuda/driver.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Fresh, Scores, Sequence } from "../../decode/target.ts";
 import type { Tree } from "../../decode/tree.ts";
@@ -26,10 +27,10 @@ export class CudaSequence implements Sequence {
   kept = { length: 0, nodes: [] as number[] };
   readonly #release: (sequence: CudaSequence) => void;
   readonly #staging: Staging<"ids" | "positions" | "masks" | "control" | "logitRow" | "imageIndex">;
-  readonly #angles: Staging<"cos" | "sin">;
+  readonly #angles: Record<"cos" | "sin", Pinned>;
   /** Rows of the prompt's pictures, one after the other: as large as was needed so far. */
-  #imageRows: { tensor: Tensor; pinned: { pointer: bigint; buffer: ArrayBuffer } } | undefined;
-  readonly #row: { tensor: Tensor; pinned: { pointer: bigint; buffer: ArrayBuffer } };
+  #imageRows: { tensor: Tensor; pinned: Pinned } | undefined;
+  readonly #row: { tensor: Tensor; pinned: Pinned };
   readonly #cycles = new Map<string, Cycle>();
   #running: Cycle | undefined;
   #prompt: Prompt | undefined;
@@ -53,10 +54,8 @@ export class CudaSequence implements Sequence {
       logitRow: ["i64", 1],
       imageIndex: ["i64", CHUNK],
     });
-    this.#angles = new Staging(runtime, {
-      cos: ["f32", this.cache.cos.elements],
-      sin: ["f32", this.cache.sin.elements],
-    });
+    const bytes = this.cache.cos.elements * 4;
+    this.#angles = { cos: cuda.pinned(bytes), sin: cuda.pinned(bytes) };
     this.draft = draft && new CudaDraftState(this, draft);
   }
 
@@ -69,19 +68,17 @@ export class CudaSequence implements Sequence {
     return this.kept.length + this.kept.nodes.length;
   }
 
-  /** Starts a sequence in this memory; `angles` fills the rotary tables of its rows. */
+  /** Starts a sequence in this memory; `angles` fills the rotary tables of its rows and says how many numbers of each. */
   begin(prompt: Prompt, angles: (cos: Float32Array, sin: Float32Array) => number): void {
     this.#prompt = prompt;
     this.tokens.length = 0;
     for (const token of prompt.expanded.tokens) this.tokens.push(token);
     this.kept = { length: 0, nodes: [] };
     this.model.cuda.synchronize();
-    const table = (name: "cos" | "sin") => new Float32Array(this.#angles.bytes(name).buffer);
-    const filled = angles(table("cos"), table("sin"));
-    for (const name of ["cos", "sin"] as const) {
-      this.#angles.send(name, filled);
-      this.model.cuda.upload(this.cache[name].pointer, this.#angles.tensor(name).pointer, filled * 4);
-    }
+    const { cos, sin } = this.#angles;
+    const filled = angles(new Float32Array(cos.buffer), new Float32Array(sin.buffer));
+    for (const name of ["cos", "sin"] as const)
+      this.model.cuda.upload(this.cache[name].pointer, this.#angles[name], filled * 4);
     this.#sendImages(prompt);
     this.draft?.begin();
   }
@@ -92,8 +89,8 @@ export class CudaSequence implements Sequence {
     if (!this.#imageRows || this.#imageRows.pinned.buffer.byteLength < bytes) {
       this.#freeImages();
       const room = Math.max(bytes, DTYPES[dtype].bytes * this.model.config.language.hidden);
-      const tensor = runtime.tensor(dtype, room / DTYPES[dtype].bytes, "device");
-      this.#imageRows = { tensor, pinned: cuda.pinned(room) };
+      const pinned = cuda.pinned(room);
+      this.#imageRows = { tensor: runtime.tensor(dtype, room / DTYPES[dtype].bytes, "device"), pinned };
     }
     const { tensor, pinned } = this.#imageRows;
     let at = 0;
@@ -241,8 +238,10 @@ export class CudaSequence implements Sequence {
   }
 
   #freeImages(): void {
-    this.#imageRows?.tensor[Symbol.dispose]();
-    if (this.#imageRows) this.model.cuda.freePinned(this.#imageRows.pinned);
+    const freed = this.#imageRows;
+    this.#imageRows = undefined;
+    freed?.tensor[Symbol.dispose]();
+    if (freed) this.model.cuda.freePinned(freed.pinned);
   }
 
   free(): void {
@@ -250,6 +249,7 @@ export class CudaSequence implements Sequence {
     this.#freeImages();
     this.model.cuda.freePinned(this.#row.pinned);
     for (const tensor of [this.hidden, this.logits, this.#row.tensor]) tensor[Symbol.dispose]();
-    for (const part of [this.#staging, this.#angles, this.cache, this.draft]) part?.[Symbol.dispose]();
+    for (const pinned of Object.values(this.#angles)) this.model.cuda.freePinned(pinned);
+    for (const part of [this.#staging, this.cache, this.draft]) part?.[Symbol.dispose]();
   }
 }

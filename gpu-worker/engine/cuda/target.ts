@@ -3,7 +3,7 @@ import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { TargetModel } from "../../decode/target.ts";
 import { frequencies, ropeTable } from "../../model/rope.ts";
 import { fillAngles, type Prompt } from "../target.ts";
-import { CHUNK, type CudaModel } from "./model.ts";
+import { CHUNK, type CudaModel, MAX_TREE } from "./model.ts";
 import { CudaSequence } from "./sequence.ts";
 
 /** Tokens of the prompt that graphs are made after. */
@@ -24,18 +24,23 @@ export class CudaTarget implements TargetModel<CudaSequence> {
   }
 
   /** Memory for the whole context is taken with the first sequence, and used again by later ones. */
-  begin(prompt: Prompt): CudaSequence {
+  begin(prompt: Prompt, room: number): CudaSequence {
     const sequence = this.#free.pop() ?? this.#make();
-    this.#begin(sequence, prompt);
+    try {
+      this.#begin(sequence, prompt, room);
+    } catch (error) {
+      sequence[Symbol.dispose]();
+      throw error;
+    }
     return sequence;
   }
 
-  #begin(sequence: CudaSequence, prompt: Prompt): void {
-    const { capacity } = this.model;
-    const half = this.model.config.language.headSize / 2;
+  #begin(sequence: CudaSequence, prompt: Prompt, room: number): void {
+    const { expanded } = prompt;
+    const rows = Math.min(this.model.capacity, expanded.tokens.length + room + MAX_TREE);
     sequence.begin(prompt, (cos, sin) => {
-      fillAngles({ cos, sin }, this.#rope, this.model, prompt.expanded, capacity);
-      return Math.min(capacity * half, cos.length);
+      fillAngles({ cos, sin }, this.#rope, this.model, expanded, rows);
+      return (rows * this.model.config.language.headSize) / 2;
     });
   }
 
@@ -73,7 +78,8 @@ export class CudaTarget implements TargetModel<CudaSequence> {
   /** Starts a sequence of so many equal tokens. */
   prefill(sequence: CudaSequence, tokens: number): void {
     const ids = new Array<number>(Math.min(tokens, this.model.config.contextLength - 1)).fill(0);
-    this.#begin(sequence, { expanded: this.model.family.expandPrompt(ids, []), imageRows: [] });
+    const prompt = { expanded: this.model.family.expandPrompt(ids, []), imageRows: [] };
+    this.#begin(sequence, prompt, this.model.config.contextLength);
     for (const _ of this.passes(sequence));
     sequence.tokens.push(0);
   }
