@@ -108,6 +108,7 @@ async function complete<Asked extends { model?: string | null }>(
   prepare: (asked: Asked, model: ChatModel, asker: Asker) => Promise<PreparedChat>,
 ): Promise<Response> {
   const { upstreams } = configOf(c.env);
+  const arrived = Date.now();
   const key = c.get("key");
   await countRequest(c.env.RATES, key);
   const asked = parse(await readBody(c.req.raw));
@@ -115,7 +116,7 @@ async function complete<Asked extends { model?: string | null }>(
   for (let attempt = 0; ; attempt++) {
     const model = await upstreams.model();
     checkModel(key, asked.model ?? model.info.id);
-    const response = await upstreams.generate(await prepare(asked, model, asker));
+    const response = await upstreams.generate(await prepare(asked, model, asker), arrived);
     // 412: the workers hold another model by now.
     if (response.status !== 412 || attempt > 0) return passThrough(response);
     await response.body?.cancel();

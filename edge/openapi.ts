@@ -30,6 +30,7 @@ export const ERRORS: Record<string, readonly [status: number, meaning: string]> 
   origin_not_allowed: [403, "No API keys are configured, and the request is of a web page from elsewhere."],
   not_found: [404, "There is nothing at this path."],
   model_not_found: [404, "No such model is served."],
+  image_not_found: [404, "The picture of this name is not held, not any more, or not for this size. Send its bytes."],
   method_not_allowed: [405, "The path takes another method; the header Allow names it."],
   model_changed: [412, "Between edge and worker: the prompt was made for another model."],
   body_too_large: [413, "The body is larger than 20 MiB (64 MiB at the GPU worker itself)."],
@@ -44,7 +45,7 @@ export const ERRORS: Record<string, readonly [status: number, meaning: string]> 
   engine_stopped: [503, "The engine stopped in the middle of the request, and starts again."],
   grammar_restarted: [503, "The compiler of grammars stopped in the middle of the request, and starts again."],
   image_missing: [503, "The GPU worker cannot hold all images of the request at once."],
-  deadline_exceeded: [504, "The request took longer than the service allows."],
+  deadline_exceeded: [504, "The request took longer than its `deadline`, or the service, allows."],
 };
 
 type Schema = Record<string, unknown>;
@@ -74,7 +75,8 @@ const completionLogprobs = object({
 });
 const answer = (kind: string, choice: Schema) => {
   const choices = array(object({ index: count, finish_reason: nullable(finishReason), ...choice }));
-  return { id: text, object: constant(kind), created: count, model: text, choices };
+  const tier = { enum: ["default", "flex"] };
+  return { id: text, object: constant(kind), created: count, model: text, service_tier: tier, choices };
 };
 /** What a chunk has, if stream_options ask for it. */
 const chunk = (kind: string, choice: Schema): Schema =>

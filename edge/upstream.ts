@@ -2,9 +2,10 @@
  * Talks to the GPU workers: which one, its model, its missing images. Knows no OpenAI request and no client. When a
  * client leaves, the runtime cancels every fetch that its request began, so none takes a signal for that.
  */
-import { type ChatImage, ChatModel, type PreparedChat } from "../shared/chat.ts";
+import { ChatModel, type PreparedChat } from "../shared/chat.ts";
 import { ApiError, misconfigured } from "../shared/errors.ts";
-import { imagePath, type MissingImages, type ModelInfo } from "../shared/protocol.ts";
+import { type ChatImage, imageNotFound } from "../shared/images.ts";
+import { type GenerateRequest, imagePath, type MissingImages, type ModelInfo } from "../shared/protocol.ts";
 import { SIGNATURE_HEADER, Signer } from "../shared/sign.ts";
 
 interface Call {
@@ -81,36 +82,38 @@ export class Upstreams {
   }
 
   /**
-   * Sends a request to the worker that is likeliest to hold its first image, and the images that it lacks. Resolves with
-   * the worker's response, whatever its status; its body is still to be read. Throws ApiError.
+   * Sends a request, which came at `arrived` (ms), to the worker that is likeliest to hold its first image, and the images
+   * that it lacks. Resolves with the worker's response, whatever its status; its body is still to be read. Throws ApiError.
    */
-  generate(prepared: PreparedChat): Promise<Response> {
-    const { request } = prepared;
+  generate({ request, images }: PreparedChat, arrived: number): Promise<Response> {
     const headers = { "content-type": "application/json", "x-request-id": request.id };
-    const call: Call = { method: "POST", path: "/internal/generate", headers, body: JSON.stringify(request) };
     const first = request.images.at(0);
     return this.#first(rank(this.#urls, first?.hash ?? first?.url ?? request.id), async (url) => {
       // A worker may drop an image between the two calls, when others need the room; more than that is a fault.
       for (let attempt = 0; attempt < 3; attempt++) {
-        const response = await this.#fetch(url, call);
+        const body = JSON.stringify(atNow(request, arrived));
+        const response = await this.#fetch(url, { method: "POST", path: "/internal/generate", headers, body });
         if (response.status !== 409) return answerOf(response);
         // None where it was dropped at the last moment; then the next answer names it.
         const { missing = [] } = await response.json<Partial<MissingImages>>();
-        await this.#putImages(url, missing, prepared);
+        await this.#putImages(url, missing, { request: atNow(request, arrived), images });
       }
       throw new ApiError(502, "The GPU worker cannot keep this request's images.", { code: "upstream_error" });
     });
   }
 
-  /** Sends images' bytes, those of one that stands twice in the request once. Throws ApiError as the next method. */
+  /**
+   * Sends images' bytes, those of one that stands twice in the request once. Throws ApiError as the next method, and 404
+   * before anything is sent for an image that the client named only.
+   */
   async #putImages(url: string, missing: number[], { request, images }: PreparedChat): Promise<void> {
     const puts = new Map<string, ChatImage>();
     for (const index of missing) {
       const ref = request.images[index];
-      const image = images.get(ref?.hash ?? "");
-      if (!ref?.hash || !image)
-        throw new ApiError(502, "The GPU worker asked for an unknown image.", { code: "upstream_error" });
-      puts.set(imagePath(request.tenant, ref.hash, ref.limits), image);
+      if (!ref?.hash) throw new ApiError(502, "The GPU worker asked for an unknown image.", { code: "upstream_error" });
+      const image = images.get(ref.hash);
+      if (!image) throw imageNotFound(ref.where);
+      puts.set(imagePath(request, ref.hash, ref.limits), image);
     }
     // A few at a time: each takes a place in the worker's queue.
     const rest = [...puts];
@@ -142,8 +145,12 @@ export class Upstreams {
     return fetch(url + path, { method, body, headers: { ...headers, [SIGNATURE_HEADER]: signature }, signal });
   }
 
-  /** Tries the workers in order until one can be reached and takes the request; else gives the last refusal. */
+  /**
+   * Tries the workers in order until one can be reached, takes the request and holds the images that it only names; else
+   * throws that one lacks such an image, for it would take the request with the bytes; else gives the last refusal.
+   */
   async #first(urls: string[], call: (url: string) => Promise<Response>): Promise<Response> {
+    let notFound: ApiError | null = null;
     let refusal: Response | null = null;
     let cause: unknown;
     for (const url of urls) {
@@ -152,10 +159,12 @@ export class Upstreams {
         if (!(await isBusy(response))) return response;
         refusal = response;
       } catch (error) {
-        if (error instanceof ApiError && !BUSY.includes(error.code)) throw error;
-        cause = error;
+        if (error instanceof ApiError && error.code === "image_not_found") notFound ??= error;
+        else if (error instanceof ApiError && !BUSY.includes(error.code)) throw error;
+        else cause = error;
       }
     }
+    if (notFound) throw notFound;
     if (refusal) return refusal;
     if (cause instanceof ApiError) throw cause;
     throw new ApiError(503, "No GPU worker can be reached.", { code: "upstream_unreachable", cause });
@@ -170,6 +179,14 @@ async function isBusy(response: Response): Promise<boolean> {
   if (response.status !== 429 && response.status !== 503) return false;
   const { error } = await response.clone().json<{ error?: { code: string | null } }>();
   return BUSY.includes(error?.code ?? null);
+}
+
+/** The request with what is left of its deadline. Throws ApiError 504 when nothing is. */
+function atNow(request: GenerateRequest, arrived: number): GenerateRequest {
+  if (request.deadline === null) return request;
+  const deadline = request.deadline - (Date.now() - arrived) / 1000;
+  if (deadline > 0) return { ...request, deadline };
+  throw new ApiError(504, "The request's deadline is over.", { code: "deadline_exceeded" });
 }
 
 /** A worker's answer that a client may see. Throws ApiError for one that is about the edge, or not a worker's at all. */

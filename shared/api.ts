@@ -118,6 +118,20 @@ const common = {
     .enum(["vispec", "none"])
     .nullish()
     .describe("Own extension: `none` decodes without drafts. The text is the same."),
+  service_tier: z
+    .enum(["auto", "default", "priority", "flex"])
+    .nullish()
+    .describe(
+      "`flex` is for work that can wait: everyone else's turn comes first, but for one turn in nine. The others are one tier. The answer says `default` or `flex`.",
+    ),
+  deadline: z
+    .number()
+    .gt(0)
+    .max(LIMITS.deadline)
+    .nullish()
+    .describe(
+      "Own extension: seconds in which the answer has to be complete, its wait included; then it ends with `deadline_exceeded`. The service has a limit of its own.",
+    ),
   user: z
     .string()
     .max(LIMITS.userCharacters)
@@ -138,7 +152,12 @@ const pixels = {
 export const ImagePart = z.strictObject({
   type: z.literal("image_url"),
   image_url: z.strictObject({
-    url: z.string().min(1).describe("A base64 data: URL of a JPEG, PNG, WebP or GIF (first frame), or an http(s) URL."),
+    url: z
+      .string()
+      .min(1)
+      .describe(
+        "A base64 data: URL of a JPEG, PNG, WebP or GIF (first frame), an http(s) URL, or the name `sha256:HASH` of a picture that was sent before.",
+      ),
     detail: z
       .enum(["auto", "low", "high"])
       .nullish()

@@ -1,10 +1,10 @@
 /** OpenAI's requests to the engine's: template, tokens, images by hash, sampling. Knows no transport, runs no model. */
 import { Template } from "@huggingface/jinja";
-import type { ChatMessage, ChatRequest, CompletionRequest, ImagePart } from "./api.ts";
+import type { ChatMessage, ChatRequest, CompletionRequest } from "./api.ts";
 import { ApiError, CheckpointError } from "./errors.ts";
-import { decodeDataUrl, hashImage, isHttpUrl, pixelLimits } from "./images.ts";
+import { type ChatImage, imageParts, imagesOf } from "./images.ts";
 import { LIMITS } from "./limits.ts";
-import type { GenerateRequest, ImageRef, ModelInfo, Sampling } from "./protocol.ts";
+import type { GenerateRequest, ModelInfo, Sampling } from "./protocol.ts";
 import { Tokenizer } from "./tokenizer.ts";
 
 interface TemplateOptions {
@@ -105,12 +105,6 @@ function templateOf(source: string): Template {
   }
 }
 
-/** A picture's encoded bytes, and where it first stands in the request, e.g. "messages[0].content[1]". */
-export interface ChatImage {
-  bytes: Uint8Array<ArrayBuffer>;
-  where: string;
-}
-
 /** What the engine is asked, and the pictures that came as bytes under their hashes (one entry for one that occurs twice). */
 export interface PreparedChat {
   request: GenerateRequest;
@@ -137,7 +131,7 @@ export async function prepareChat(chat: ChatRequest, model: ChatModel, asker: As
   if (json && chat.ignore_eos)
     throw refuse("ignore_eos", "does not go with a JSON response_format, which says where the answer ends");
   const tokens = model.tokenize(chat.messages);
-  const { refs, images } = await imagesOf(chat, model.info);
+  const { refs, images } = await imagesOf(chat, model.info.pixels);
   const request: GenerateRequest = {
     ...common,
     kind: "chat",
@@ -227,6 +221,8 @@ function commonOf(asked: ChatRequest | CompletionRequest, info: ModelInfo, { id,
   return {
     id,
     tenant,
+    priority: asked.service_tier === "flex" ? ("batch" as const) : ("interactive" as const),
+    deadline: asked.deadline ?? null,
     model: info.id,
     fingerprint: info.fingerprint,
     sampling: samplingOf(asked, info.vocabulary),
@@ -289,38 +285,6 @@ function isDeeper(value: object, depth: number): boolean {
       Object.values(outer).filter((inner) => typeof inner === "object" && inner !== null),
     );
   return level.length > 0;
-}
-
-/** The images of a chat, in order: those that are here as bytes by their hash, others by their URL. */
-async function imagesOf(chat: ChatRequest, info: ModelInfo) {
-  const refs: ImageRef[] = [];
-  const images = new Map<string, ChatImage>();
-  for (const { part, where } of imageParts(chat.messages)) {
-    const limits = pixelLimits(chat, part, where, info.pixels);
-    const { url } = part.image_url;
-    if (isHttpUrl(url)) {
-      if (url.length > LIMITS.urlCharacters)
-        throw refuse(where, `the URL has more than ${LIMITS.urlCharacters} characters`);
-      refs.push({ hash: null, url, where, limits });
-      continue;
-    }
-    const bytes = decodeDataUrl(url, where);
-    const hash = await hashImage(bytes);
-    if (!images.has(hash)) images.set(hash, { bytes, where });
-    refs.push({ hash, url: null, where, limits });
-  }
-  return { refs, images };
-}
-
-/** The image parts in the order of the prompt, and where each stands. */
-function imageParts(messages: ChatMessage[]): { part: ImagePart; where: string }[] {
-  return messages.flatMap(({ content }, i) =>
-    typeof content === "string"
-      ? []
-      : content.flatMap((part, j) =>
-          part.type === "image_url" ? [{ part, where: `messages[${i}].content[${j}]` }] : [],
-        ),
-  );
 }
 
 /** LangChain knows the error by the words "maximum context length". */

@@ -1,23 +1,81 @@
 /** Images as they come in a request: data: URLs to bytes, bytes to hashes, their sizes. Does not look into the pictures. */
-import type { ChatRequest, ImagePart } from "./api.ts";
+import type { ChatMessage, ChatRequest, ImagePart } from "./api.ts";
 import { ApiError } from "./errors.ts";
 import { toHex } from "./hex.ts";
-import type { PixelLimits } from "./protocol.ts";
+import { LIMITS } from "./limits.ts";
+import type { ImageRef, PixelLimits } from "./protocol.ts";
 
 const MEDIA_TYPES = ["image/jpeg", "image/jpg", "image/png", "image/webp", "image/gif"];
 
-export function isHttpUrl(url: string): boolean {
-  return /^https?:/i.test(url);
+/** A picture's encoded bytes, and where it first stands in the request, e.g. "messages[0].content[1]". */
+export interface ChatImage {
+  bytes: Uint8Array<ArrayBuffer>;
+  where: string;
+}
+
+/**
+ * The images of a chat, in order, by their hash or URL; and those that are here as bytes, by their hash. `model`: its own
+ * limits. Throws ApiError 400 that names the image's place.
+ */
+export async function imagesOf(chat: ChatRequest, model: PixelLimits) {
+  const refs: ImageRef[] = [];
+  const images = new Map<string, ChatImage>();
+  for (const { part, where } of imageParts(chat.messages)) {
+    const limits = pixelLimits(chat, part, where, model);
+    const { url } = part.image_url;
+    if (/^https?:/i.test(url)) {
+      if (url.length > LIMITS.urlCharacters)
+        throw new ApiError(400, `${where}: the URL has more than ${LIMITS.urlCharacters} characters`, { param: where });
+      refs.push({ hash: null, url, where, limits });
+      continue;
+    }
+    let hash = hashOfName(url, where);
+    if (hash === null) {
+      const bytes = decodeDataUrl(url, where);
+      hash = await hashImage(bytes);
+      if (!images.has(hash)) images.set(hash, { bytes, where });
+    }
+    refs.push({ hash, url: null, where, limits });
+  }
+  return { refs, images };
+}
+
+/** The image parts in the order of the prompt, and where each stands. */
+export function imageParts(messages: ChatMessage[]): { part: ImagePart; where: string }[] {
+  return messages.flatMap(({ content }, i) =>
+    typeof content === "string"
+      ? []
+      : content.flatMap((part, j) =>
+          part.type === "image_url" ? [{ part, where: `messages[${i}].content[${j}]` }] : [],
+        ),
+  );
+}
+
+/** The hash in `sha256:HASH`; null for a URL of another kind. Throws ApiError 400 for what is no hash. */
+function hashOfName(url: string, where: string): string | null {
+  if (!/^sha256:/i.test(url)) return null;
+  const [, hash] = /^sha256:([0-9a-f]{64})$/.exec(url) ?? [];
+  if (hash) return hash;
+  const why = "a picture's name must be sha256: and 64 digits in lower-case hex";
+  throw new ApiError(400, `${where}: ${why}`, { code: "invalid_image_url", param: where });
+}
+
+/** For a picture that came as a name alone, and is not held. `where`: its place in the request. */
+export function imageNotFound(where: string): ApiError {
+  const message = `${where}: the picture of this name is not held here (any more) for this size; send its bytes again`;
+  return new ApiError(404, message, { code: "image_not_found", param: where });
 }
 
 /** Bytes of a base64 data: URL. Throws ApiError 400 that begins with `where`, e.g. "messages[0].content[1]". */
-export function decodeDataUrl(url: string, where: string): Uint8Array<ArrayBuffer> {
+function decodeDataUrl(url: string, where: string): Uint8Array<ArrayBuffer> {
   const refuse = (why: string, options: { code: string; cause?: unknown } = { code: "invalid_image_url" }) =>
     new ApiError(400, `${where}: ${why}`, { param: where, ...options });
   const comma = url.indexOf(",");
   const header = /^data:([^;,]*)((?:;[^;,]*)*)$/i.exec(url.slice(0, Math.min(comma, 200)));
   if (comma < 0 || !header)
-    throw refuse(`must be a data: URL with base64, like "data:image/png;base64,…", or an http(s) URL`);
+    throw refuse(
+      `must be a data: URL with base64, like "data:image/png;base64,…", an http(s) URL, or a name "sha256:…"`,
+    );
   const mediaType = header[1].toLowerCase();
   if (!MEDIA_TYPES.includes(mediaType)) {
     throw refuse(`media type ${JSON.stringify(mediaType)} is not supported; send JPEG, PNG, WebP or GIF`);
@@ -55,7 +113,7 @@ const LOW_DETAIL = 512 * 512;
  * The area that a picture is to be resized to: what its part says, else the request, else the model. Throws ApiError 400
  * when the two limits cross; it names the one that stands nearer to the picture.
  */
-export function pixelLimits(chat: ChatRequest, part: ImagePart, where: string, model: PixelLimits): PixelLimits {
+function pixelLimits(chat: ChatRequest, part: ImagePart, where: string, model: PixelLimits): PixelLimits {
   const find = (name: "min_pixels" | "max_pixels", ofModel: number) => {
     const places: [place: string, value: number | null | undefined][] = [
       [`${where}.image_url.${name}`, part.image_url[name]],

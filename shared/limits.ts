@@ -16,6 +16,8 @@ export const LIMITS = {
   stopTokens: 64,
   biases: 1024,
   userCharacters: 256,
+  /** Seconds. */
+  deadline: 3600,
   /** Of an image's URL; one with the picture in it is bounded by the body. */
   urlCharacters: 8192,
   /** Of a picture, in pixels: more could not be decoded. */

@@ -36,11 +36,18 @@ export const ImageRef = z.strictObject({
 });
 export type ImageRef = z.infer<typeof ImageRef>;
 
+/** Who goes first in the queue: someone who waits for the answer, or work that can wait. */
+export const Priority = z.enum(["interactive", "batch"]);
+export type Priority = z.infer<typeof Priority>;
+
 /** What the edge sends: the tokenized prompt with one placeholder per image, and the images in order. */
 export const GenerateRequest = z.strictObject({
   id: z.string().max(128),
   /** Whose request it is: part of the images' keys, and the lane in the queue. */
   tenant: z.string().max(256),
+  priority: Priority,
+  /** Seconds from now in which the answer has to be complete; null: as many as the worker allows. */
+  deadline: z.number().gt(0).nullable(),
   kind: z.enum(["chat", "completion"]),
   model: z.string(),
   /** Names the tokenizer and template that made `tokens`; a worker that holds another model answers 412. */
@@ -94,10 +101,24 @@ export interface MissingImages {
   missing: number[];
 }
 
-/** Where the edge puts an image's bytes, for one tenant and one size. */
-export function imagePath(tenant: string, hash: string, { minPixels, maxPixels }: PixelLimits): string {
-  return `/internal/images/${hash}?tenant=${encodeURIComponent(tenant)}&min=${minPixels}&max=${maxPixels}`;
+/** Where the edge puts an image's bytes, for one tenant and one size; it waits for its turn as the request would. */
+export function imagePath(
+  { tenant, priority, deadline }: Pick<GenerateRequest, "tenant" | "priority" | "deadline">,
+  hash: string,
+  { minPixels, maxPixels }: PixelLimits,
+): string {
+  const whose = `tenant=${encodeURIComponent(tenant)}&min=${minPixels}&max=${maxPixels}`;
+  return `/internal/images/${hash}?${whose}&priority=${priority}${deadline === null ? "" : `&deadline=${deadline}`}`;
 }
+
+/** The query of such a path. */
+export const ImageQuery = z.strictObject({
+  tenant: z.string(),
+  min: z.coerce.number().pipe(PixelLimits.shape.minPixels),
+  max: z.coerce.number().pipe(PixelLimits.shape.maxPixels),
+  priority: Priority,
+  deadline: z.coerce.number().gt(0).nullable().default(null),
+});
 
 /** The name under which the engine holds a picture: nobody can hit another tenant's. */
 export function imageKey(tenant: string, hash: string, { minPixels, maxPixels }: PixelLimits): string {

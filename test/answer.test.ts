@@ -19,7 +19,7 @@ const answerTo = (request: Partial<GenerateRequest> = {}) =>
     CREATED,
   );
 
-const identity = { created: CREATED, model: "tiny", id: 'id-"1"' };
+const identity = { created: CREATED, model: "tiny", service_tier: "default", id: 'id-"1"' };
 
 function finish(reason: Finish["reason"], numbers: Partial<Finish> = {}): Finish {
   const timings = { prefill: 1, draft: 1, verify: 1, total: 3 };
@@ -72,6 +72,12 @@ test("a chat is one body with message, reason and usage", () => {
     choices: [{ index: 0, message, logprobs: null, finish_reason: "stop" }],
     usage,
   });
+});
+
+test("a batch request is answered as flex, whole and in chunks", () => {
+  expect(body(plain, { priority: "batch" }).service_tier).toBe("flex");
+  const chunks = stream(plain, { priority: "batch" }).slice(0, -1);
+  expect(new Set(chunks.map(({ service_tier }) => service_tier))).toEqual(new Set(["flex"]));
 });
 
 test("a chat is streamed as role, text, reason, usage and an end", () => {

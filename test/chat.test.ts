@@ -116,6 +116,9 @@ const common: Effect[] = [
   ["drafter", "none", { plain: true }],
   ["drafter", "vispec", { plain: false }],
   ["user", "bob", { user: "bob" }],
+  ...["auto", "default", "priority"].map((tier): Effect => ["service_tier", tier, { priority: "interactive" }]),
+  ["service_tier", "flex", { priority: "batch" }],
+  ["deadline", 0.5, { deadline: 0.5 }],
 ];
 const chats: Effect[] = [
   ...common,
@@ -187,6 +190,7 @@ describe("a parameter", () => {
         },
         ...{ n: 1, maxTokens: null, stop: [], stopTokenIds: [], ignoreEos: false, logprobs: null, json: null },
         ...{ plain: false, stream: false, includeUsage: false, includeDrafts: false, user: null },
+        ...{ priority: "interactive", deadline: null },
       });
     }
     expect((await ask({})).sampling.seed).not.toBe((await ask({})).sampling.seed);
@@ -307,6 +311,23 @@ describe("a picture", () => {
     expect(images.get(hashes[0])).toEqual({ bytes: new Uint8Array(png), where: "messages[0].content[0]" });
   });
 
+  test("may be named by that hash, and has the bytes that stand elsewhere in the request", async () => {
+    const bytes = Uint8Array.of(1, 2, 3);
+    const [hash, other] = ["039058c6f2c0cb492c533b0a4d14ef77cc0f78abccced5287d84a1a2011cfb81", "0".repeat(64)];
+    const { request, images } = await prepare({
+      messages: user(...[`sha256:${hash}`, dataUrl(bytes), `sha256:${other}`].map(image)),
+    });
+    expect(request.images).toEqual(
+      [hash, hash, other].map((name, i) => ({
+        hash: name,
+        url: null,
+        where: `messages[0].content[${i}]`,
+        limits: MODEL,
+      })),
+    );
+    expect([...images]).toEqual([[hash, { bytes, where: "messages[0].content[1]" }]]);
+  });
+
   test("by its URL is the worker's to fetch", async () => {
     const urls = ["https://example.com/a.png", "HTTP://example.com"];
     const { request, images } = await prepare({ messages: user(...urls.map(image)) });
@@ -324,6 +345,11 @@ describe("a picture", () => {
     ["data:image/png;base64,@@@", "the data: URL's base64 is malformed", "invalid_base64"],
     ["data:image/png;base64,", "the image is empty (0 bytes)", "empty_image"],
     ["data:image/svg+xml;base64,PHN2Zz4=", 'media type "image/svg+xml" is not supported', "invalid_image_url"],
+    ["sha256:", "a picture's name must be sha256: and 64 digits in lower-case hex", "invalid_image_url"],
+    [`sha256:${"A".repeat(64)}`, "a picture's name must be", "invalid_image_url"],
+    [`sha256:${"a".repeat(63)}`, "a picture's name must be", "invalid_image_url"],
+    [`sha256:${"a".repeat(65)}`, "a picture's name must be", "invalid_image_url"],
+    [`SHA256:${"a".repeat(64)}`, "a picture's name must be", "invalid_image_url"],
     [`http://example.com/${"x".repeat(9000)}`, "the URL has more than 8192 characters", null],
   ])("is refused by its place: %.50s", async (url, message, code) => {
     const failure = prepare({ messages: [{ role: "system", content: "x" }, ...user("look", image(url))] });
@@ -392,6 +418,9 @@ describe("a body", () => {
     [JSON.stringify({ messages, stop: [""] }), "stop[0]: must not be empty", "stop[0]"],
     [JSON.stringify({ messages, stop: Array(17).fill("x") }), "stop: must have at most 16 items", "stop"],
     [JSON.stringify({ messages, stop: "x".repeat(1001) }), "stop: must have at most 1000 characters", "stop"],
+    [JSON.stringify({ messages, service_tier: "scale" }), "service_tier: must be one of auto, default, priority, flex", "service_tier"], // biome-ignore format: one row
+    [JSON.stringify({ messages, deadline: 0 }), "deadline: must be greater than 0", "deadline"],
+    [JSON.stringify({ messages, deadline: 3601 }), "deadline: must be at most 3600", "deadline"],
     [JSON.stringify({ messages, drafter: "eagle" }), "drafter: must be one of vispec, none", "drafter"],
     [JSON.stringify({ messages, logit_bias: { a: 1 } }), "logit_bias.a: must be a token id", "logit_bias.a"],
     [JSON.stringify({ messages, logit_bias: { "01": 1 } }), "logit_bias.01: must be a token id", "logit_bias.01"],

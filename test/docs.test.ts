@@ -1,6 +1,9 @@
 /** docs/api.md and /openapi.json against schemas and sources. With UPDATE_DOCS=1 the page's tables are written anew. */
-import { readFileSync, writeFileSync } from "node:fs";
+import { execFile, spawnSync } from "node:child_process";
+import { mkdtempSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { promisify } from "node:util";
 import { describe, expect, test } from "vitest";
 import { z } from "zod";
 import { ERRORS, openApi } from "../edge/openapi.ts";
@@ -74,6 +77,77 @@ describe("docs/api.md", () => {
     const routes = found(/"((?:GET|POST|PUT) \/[^"]*)": \(/g, (path) => path === "gpu-worker/service/server.ts");
     expect(routes.size).toBeGreaterThan(5);
     expect([...routes].filter((route) => !page.includes(`\`${route}`))).toEqual([]);
+  });
+});
+
+describe("the helper that names pictures", () => {
+  const params = {
+    model: "tiny",
+    messages: [
+      { role: "system", content: "Be brief." },
+      {
+        role: "user",
+        content: [
+          { type: "image_url", image_url: { url: "data:image/png;base64,AQID" } },
+          { type: "text", text: "What?" },
+        ],
+      },
+    ],
+  };
+  /** What the helper needs of Python's `openai`, which is not there where these tests run. */
+  const OPENAI_PY = `
+import json, types, urllib.error, urllib.request
+
+class NotFoundError(Exception):
+    pass
+
+class OpenAI:
+    def __init__(self, base_url):
+        self.url = base_url + "/chat/completions"
+        self.chat = types.SimpleNamespace(completions=self)
+
+    def create(self, **params):
+        try:
+            answer = urllib.request.urlopen(urllib.request.Request(self.url, json.dumps(params).encode()))
+        except urllib.error.HTTPError as refusal:
+            error = NotFoundError()
+            error.code = json.load(refusal)["error"]["code"]
+            raise error
+        return json.load(answer, object_hook=lambda fields: types.SimpleNamespace(**fields))
+`;
+  const TWICE_TS = `
+const [url, params] = process.argv.slice(2);
+const client = new OpenAI({ baseURL: url, apiKey: "none", maxRetries: 0 });
+for (let i = 0; i < 2; i++) console.log((await create(client, JSON.parse(params))).choices[0].message.content);
+`;
+  const TWICE_PY = `
+import json, sys
+client = openai.OpenAI(base_url=sys.argv[1])
+for _ in range(2):
+    print(create(client, **json.loads(sys.argv[2])).choices[0].message.content)
+`;
+
+  test.for([
+    ["ts", process.execPath, TWICE_TS],
+    ["python", "python3", TWICE_PY],
+  ])("sends the bytes once: %s", async ([language, command, twice], { skip, onTestFinished }) => {
+    if (language === "python") skip(spawnSync("python3", ["--version"]).status !== 0, "there is no Python");
+    const [, code] = new RegExp(`\`\`\`${language}\n([\\s\\S]*?)\`\`\``).exec(page)!;
+    const folder = mkdtempSync(join(tmpdir(), "vispec-docs-"));
+    onTestFinished(() => rmSync(folder, { recursive: true }));
+    symlinkSync(join(ROOT, "node_modules"), join(folder, "node_modules"));
+    writeFileSync(join(folder, "openai.py"), OPENAI_PY);
+    writeFileSync(join(folder, `create.${language}`), code + twice);
+    const engine = new ScriptedEngine();
+    const server = await startServer(engine, { port: 0, host: "127.0.0.1" });
+    onTestFinished(() => server.close());
+    const args = [join(folder, `create.${language}`), `${server.url}/v1`, JSON.stringify(params)];
+    const { stdout } = await promisify(execFile)(command, args, { env: { ...process.env, no_proxy: "127.0.0.1" } });
+    expect(stdout).toBe("Hello there\nHello there\n");
+    expect([engine.puts.length, engine.requests.length]).toEqual([1, 2]);
+    // The name alone was asked for first, and was enough the second time.
+    const metrics = await (await fetch(`${server.url}/metrics`)).text();
+    expect(metrics).toMatch(/^vispec:requests_refused_total\{code="image_not_found",.*\} 1$/m);
   });
 });
 

@@ -233,6 +233,73 @@ describe("images through the edge", () => {
   });
 });
 
+describe("images by their names, through the edge", () => {
+  const hashOf = (...bytes: number[]) => createHash("sha256").update(Buffer.from(bytes)).digest("hex");
+  const named = (hash: string, more = {}) => ({ type: "image_url", image_url: { url: `sha256:${hash}` }, ...more });
+  const about = (...content: object[]) => ({ messages: [{ role: "user", content }] });
+  const notFound = async (response: Response, param = "messages[0].content[0]") => {
+    const { error } = (await response.json()) as { error: object };
+    expect([response.status, error]).toEqual([404, expect.objectContaining({ type: "not_found_error", code: "image_not_found", param })]); // biome-ignore format: one line
+  };
+
+  test("are used when they are held, and not found when they are not, or in another size", async () => {
+    const name = named(hashOf(11));
+    await notFound(await ask(edge.url, about(picture(12), name)), "messages[0].content[1]");
+    expect(engine.puts).toEqual([]); // nothing is sent for a request that cannot be answered
+    expect((await ask(edge.url, about(picture(11)))).status).toBe(200);
+    expect((await ask(edge.url, about(name))).status).toBe(200);
+    expect(engine.puts).toEqual([imageKey("", hashOf(11), LIMITS)]);
+    expect(engine.requests[1].images[0]).toMatchObject({ hash: hashOf(11), url: null });
+    await notFound(await ask(edge.url, about({ ...name, max_pixels: 9000 })));
+    expect((await ask(edge.url, about({ ...name, max_pixels: 9000 }, picture(11)))).status).toBe(200);
+  });
+
+  test("are their tenant's own", async () => {
+    const apiKeys = JSON.stringify(["alice", "bob"].map((name) => ({ name, sha256: hashOf(...Buffer.from(name)) })));
+    const keyed = await startEdge({ port: 0, upstream: server.url, secret, apiKeys });
+    const as = (key: string, body: object) => ask(keyed.url, body, { headers: { authorization: `Bearer ${key}` } });
+    expect((await as("alice", about(picture(13)))).status).toBe(200);
+    expect((await as("alice", about(named(hashOf(13))))).status).toBe(200);
+    await notFound(await as("bob", about(named(hashOf(13)))));
+    await keyed.close();
+  });
+
+  test("are looked for at every worker, also where another takes nothing more or is gone", async () => {
+    const other = await startServer(engine, { port: 0, host: "127.0.0.1", secret });
+    const empty = new ScriptedEngine();
+    empty.info = engine.info;
+    const [lacking, draining, gone] = await Promise.all(
+      [empty, engine, engine].map((one) => startServer(one, { port: 0, host: "127.0.0.1", secret })),
+    );
+    void draining.drain();
+    await gone.close();
+    const edgeOf = (...servers: RunningServer[]) =>
+      startEdge({ port: 0, upstream: servers.map(({ url }) => url).join(), secret });
+    const [two, all] = await Promise.all([edgeOf(lacking, other), edgeOf(draining, lacking, gone)]);
+    // Each of these names may have another worker as its first.
+    for (let i = 0; i < 8; i++) {
+      engine.held.add(imageKey("", hashOf(20, i), LIMITS));
+      expect((await ask(two.url, about(named(hashOf(20, i))))).status).toBe(200);
+      await notFound(await ask(two.url, about(named(hashOf(21, i)))));
+      await notFound(await ask(all.url, about(named(hashOf(20, i)))));
+    }
+    expect([empty.requests, empty.puts, engine.puts]).toEqual([[], [], []]);
+    await Promise.all([two, all, other, lacking, draining].map((one) => one.close()));
+  });
+
+  test("are not found when they are dropped before they are used", async () => {
+    engine.held.add(imageKey("", hashOf(14), LIMITS));
+    const generate = engine.generate.bind(engine);
+    engine.generate = (...asked) => {
+      engine.held.clear();
+      return generate(...asked);
+    };
+    await notFound(await ask(edge.url, about(named(hashOf(14)))));
+    engine.generate = generate;
+    expect(engine.requests).toHaveLength(1);
+  });
+});
+
 describe("edge and worker", () => {
   test("agree on the model anew when the worker has another one", async () => {
     await ask(edge.url, { messages: hi });

@@ -135,6 +135,15 @@ function probesOf(path: string, asked: Body) {
       const body = { ...asked, max_tokens: 40, drafter: "none" };
       expect((await send(path, body)).usage.completion_tokens_details).toEqual(none);
     },
+    service_tier: async () => {
+      for (const [asked, told] of [["flex", "flex"], ["priority", "default"], [null, "default"]]) // biome-ignore format: one list
+        expect((await ask({ service_tier: asked })).body.service_tier).toBe(told);
+    },
+    deadline: async () => {
+      expect((await ask({ deadline: 600 })).texts).toEqual((await usual()).texts);
+      const { status, body } = await send(path, { ...asked, deadline: 1e-9 });
+      expect([status, body.error.code]).toEqual([504, "deadline_exceeded"]);
+    },
     user: async () => {
       await ask({ user: "somebody" });
       expect(log.at(-1)).toMatchObject({ msg: "request", user: "somebody" });

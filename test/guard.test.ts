@@ -408,14 +408,35 @@ describe("to the worker, the edge", () => {
     const answer = await post(url, pictures(image(0), far, image(1, { max_pixels: 5000 }), image(0)));
     expect(answer.status).toBe(200);
     const small = { minPixels: 3136, maxPixels: 5000 };
+    const plainly = { tenant: "", priority: "interactive", deadline: null } as const;
     expect(worker.puts.map(({ path, body }) => [path, body]).toSorted()).toEqual(
       [
-        [imagePath("", sha256(bytes[0]), limits), "\u0001\u0002"],
-        [imagePath("", sha256(bytes[1]), small), "\u0003"],
+        [imagePath(plainly, sha256(bytes[0]), limits), "\u0001\u0002"],
+        [imagePath(plainly, sha256(bytes[1]), small), "\u0003"],
       ].toSorted(),
     );
     expect(worker.generates.map(({ body }) => body)).toEqual(Array(2).fill(worker.generates[0].body));
     expect(new Set(worker.seen.map(({ headers }) => headers[SIGNATURE_HEADER])).size).toBe(worker.seen.length);
+  });
+
+  test("sends images as urgently as their request, and of its deadline what is left", async () => {
+    const missing = (response: ServerResponse) => void setTimeout(() => json(response, 409, { missing: [0] }), 50);
+    worker.generate = (response, nth) => (nth === 1 ? missing(response) : ok(response));
+    const asked = { ...pictures(image(0)), service_tier: "flex", deadline: 600 };
+    expect((await post(url, asked)).status).toBe(200);
+    const query = new URLSearchParams(worker.puts[0].path.split("?")[1]);
+    expect(query.get("priority")).toBe("batch");
+    const deadlines = worker.generates.map(({ body }) => GenerateRequest.parse(JSON.parse(body)).deadline!);
+    const inOrder = [600, deadlines[0], Number(query.get("deadline")), deadlines[1]];
+    expect(inOrder).toEqual(inOrder.toSorted((a, b) => b - a));
+    expect(inOrder[2]).toBeLessThan(600 - 0.025);
+  });
+
+  test("asks for nothing more when the deadline is over", async () => {
+    worker.generate = (response) => void setTimeout(() => json(response, 409, { missing: [0] }), 50);
+    const error = await told(await post(url, { ...pictures(image(0)), deadline: 0.02 }));
+    expect(error).toMatchObject({ status: 504, code: "deadline_exceeded" });
+    expect(worker.puts).toEqual([]);
   });
 
   test("asks again at once when an image was dropped in the last moment", async () => {

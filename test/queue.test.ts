@@ -2,6 +2,7 @@
 import { expect, test, vi } from "vitest";
 import { FairQueue, type Place } from "../gpu-worker/service/queue.ts";
 import { ApiError } from "../shared/errors.ts";
+import type { Priority } from "../shared/protocol.ts";
 
 const never = new AbortController().signal;
 /** Lets everything that is ready run. */
@@ -11,8 +12,8 @@ const settle = () => new Promise<void>((resolve) => setImmediate(resolve));
 function scene(queue: FairQueue) {
   const order: string[] = [];
   const running: Place[] = [];
-  const ask = async (lane: string, name: string, signal = never) => {
-    const place = queue.enter(lane);
+  const ask = async (lane: string, name: string, signal = never, priority?: Priority) => {
+    const place = queue.enter(lane, priority);
     try {
       await place.turn(signal);
     } catch (error) {
@@ -36,6 +37,29 @@ test("lanes take turns, each first come first served", async () => {
   expect(order).toEqual(["a1"]);
   for (let i = 0; i < 6; i++) await next();
   expect(order).toEqual(["a1", "a2", "b1", "c1", "a3", "b2"]);
+});
+
+test("interactive ones go before batch ones, and among either lanes take turns", async () => {
+  const queue = new FairQueue();
+  const { order, ask, next } = scene(queue);
+  for (const name of ["a1", "a2", "a3", "b1"]) ask(name[0], name, never, "batch");
+  for (const name of ["c1", "c2", "a4"]) ask(name[0], name);
+  await settle();
+  expect([queue.waitingOf("interactive"), queue.waitingOf("batch"), queue.waiting]).toEqual([3, 3, 6]);
+  for (let i = 0; i < 7; i++) await next();
+  expect(order).toEqual(["a1", "c1", "a4", "c2", "a2", "b1", "a3"]);
+  expect([queue.waitingOf("interactive"), queue.waitingOf("batch"), queue.running]).toEqual([0, 0, 0]);
+});
+
+test("a batch one that waits has its turn after eight interactive ones, however many there are", async () => {
+  const { order, ask, next } = scene(new FairQueue());
+  const names = Array.from({ length: 30 }, (_, i) => `i${i}`);
+  for (const name of names) ask("a", name);
+  await settle();
+  for (let i = 0; i < 3; i++) await next(); // before any batch one waits
+  for (const name of ["b0", "b1"]) ask("b", name, never, "batch");
+  for (let i = 0; i < 32; i++) await next();
+  expect(order).toEqual([...names.slice(0, 12), "b0", ...names.slice(12, 20), "b1", ...names.slice(20)]);
 });
 
 test("as many run at once as the queue allows", async () => {
@@ -115,6 +139,16 @@ test("places are bounded in all and for a lane, whether they wait or are not rea
   for (const place of [again, c]) place[Symbol.dispose]();
   expect(refusal("a")).toBeUndefined();
   expect(refusal("a")).toMatchObject({ ...full, message: expect.stringContaining("2 of your") });
+});
+
+test("a lane whose batch ones have all their places still has those of its interactive ones", () => {
+  const queue = new FairQueue({ waiting: 8, lane: 1 });
+  for (let i = 0; i < 2; i++) queue.enter("a", "batch");
+  expect(() => queue.enter("a", "batch")).toThrow("2 of your requests wait");
+  const place = queue.enter("a");
+  expect([queue.waitingOf("interactive"), queue.waitingOf("batch")]).toEqual([1, 2]);
+  place[Symbol.dispose]();
+  expect(queue.waitingOf("interactive")).toBe(0);
 });
 
 test("who is refused is told how long the queue takes, by what turns took", async () => {

@@ -19,12 +19,13 @@ import { tinyModel } from "./support/tiny-model.ts";
 const SECRET = "a secret of the tests";
 const signer = new Signer(SECRET);
 const limits = { minPixels: 3136, maxPixels: 12845056 };
+const alice = { tenant: "alice", priority: "interactive", deadline: null } as const;
 const sampling = { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1, repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] }; // biome-ignore format: one line
 
 /** What an edge sends. */
 function requestOf(change: Partial<GenerateRequest> = {}): GenerateRequest {
   return {
-    ...{ id: "chatcmpl-1", tenant: "alice", kind: "chat", user: null },
+    ...{ id: "chatcmpl-1", kind: "chat", user: null, ...alice },
     ...{ model: tinyModel.id, fingerprint: tinyModel.fingerprint, tokens: [1, 2, 3], images: [], sampling, n: 1 },
     ...{ maxTokens: null, stop: [], stopTokenIds: [], ignoreEos: false, logprobs: null, json: null, plain: false },
     ...{ stream: false, includeUsage: false, includeDrafts: false },
@@ -124,7 +125,7 @@ describe("what is internal", () => {
   const routes: [string, string, string?][] = [
     ["GET", "/internal/model"],
     ["POST", "/internal/generate", JSON.stringify(requestOf())],
-    ["PUT", imagePath("alice", "0".repeat(64), limits), "x"],
+    ["PUT", imagePath(alice, "0".repeat(64), limits), "x"],
   ];
 
   test.each(routes)("%s %.20s is answered for a signature only", async (method, path, body) => {
@@ -161,13 +162,14 @@ describe("what is internal", () => {
   test("a signed path of another tenant's image is not believed, nor are bytes of another hash", async () => {
     await using scene = await Scene.start();
     const bytes = Uint8Array.of(1, 2);
-    const path = imagePath("alice", createHash("sha256").update(bytes).digest("hex"), limits);
+    const path = imagePath(alice, createHash("sha256").update(bytes).digest("hex"), limits);
     const headers = { "x-vispec-signature": await signer.sign("PUT", path, "") };
     const elsewhere = path.replace("alice", "bob");
     expect((await scene.fetch(elsewhere, { method: "PUT", body: bytes, headers })).status).toBe(401);
     const wrong = await scene.signed("PUT", path, Uint8Array.of(3));
     expect([wrong.status, (await errorOf(wrong)).code]).toEqual([400, "hash_mismatch"]);
-    expect((await scene.signed("PUT", path.replace(/&max=\d+/, ""), bytes)).status).toBe(400);
+    for (const part of [/&max=\d+/, /&priority=\w+/])
+      expect((await scene.signed("PUT", path.replace(part, ""), bytes)).status).toBe(400);
     expect(scene.engine.puts).toEqual([]);
     expect((await scene.signed("PUT", path, bytes)).status).toBe(204);
     expect(scene.engine.puts).toEqual([expect.stringMatching(/^[0-9a-f]{64}\/3136-12845056\/alice$/)]);
@@ -241,7 +243,7 @@ describe("a request's pictures", () => {
     scene.engine.script = script;
     const running = scene.chat();
     await scene.counts(1, 0);
-    const path = imagePath("alice", hash, { minPixels: 3136, maxPixels: 12845056 });
+    const path = imagePath(alice, hash, limits);
     const headers = { "x-vispec-signature": await signer.sign("PUT", path, "") };
     const put = fetch(`http://127.0.0.1:${scene.port}${path}`, { method: "PUT", headers, body: picture });
     await scene.counts(1, 1);
@@ -265,6 +267,57 @@ describe("a request's pictures", () => {
     drop(3);
     const response = await scene.generate({ images: [ref({ hash: null, url })] });
     expect([response.status, (await errorOf(response)).code]).toEqual([503, "image_missing"]);
+  });
+
+  describe("that a client of its own names by their hash", () => {
+    const { minPixels, maxPixels } = tinyModel.pixels;
+    const key = `${hash}/${minPixels}-${maxPixels}/`;
+    const named = { type: "image_url", image_url: { url: `sha256:${hash}` } };
+    const sent = { type: "image_url", image_url: { url: `data:image/png;base64,${Buffer.from(picture).toString("base64")}` } }; // biome-ignore format: one line
+    const ask = (scene: Scene, ...content: object[]) => scene.chat({ messages: [{ role: "user", content }] });
+    const notFound = async (response: Response, where: string) =>
+      expect([response.status, await errorOf(response)]).toEqual([404, expect.objectContaining({ code: "image_not_found", param: where })]); // biome-ignore format: one line
+
+    test("are used when they are held, and not found when they are not, or in another size", async () => {
+      await using scene = await Scene.start();
+      const other = { type: "image_url", image_url: { url: "data:image/png;base64,AQID" } };
+      await notFound(await ask(scene, other, named), "messages[0].content[1]");
+      expect(scene.engine.puts).toEqual([]);
+      expect((await ask(scene, sent)).status).toBe(200);
+      expect((await ask(scene, named)).status).toBe(200);
+      expect(scene.engine.puts).toEqual([key]);
+      expect(scene.engine.requests).toHaveLength(2);
+      await notFound(await ask(scene, { ...named, max_pixels: 9000 }), where);
+      expect(await scene.metric("vispec:requests_refused_total")).toEqual({ 'code="image_not_found"': 2 });
+    });
+
+    test("have the bytes that the same request has, wherever they stand and in whatever size", async () => {
+      await using scene = await Scene.start();
+      expect((await ask(scene, { ...named, max_pixels: 9000 }, sent, named)).status).toBe(200);
+      expect(scene.engine.puts).toEqual([`${hash}/${minPixels}-9000/`, key]);
+    });
+
+    test("are not found when they were dropped while the request waited, or at the last moment", async () => {
+      await using scene = await Scene.start();
+      const { script, go } = gate(words(["first"]));
+      scene.engine.script = script;
+      const running = scene.chat();
+      await scene.counts(1, 0);
+      scene.engine.held.add(key);
+      const waiting = ask(scene, named);
+      await scene.counts(1, 1);
+      scene.engine.held.clear();
+      go();
+      expect((await running).status).toBe(200);
+      await notFound(await waiting, where);
+      scene.engine.held.add(key);
+      const generate = scene.engine.generate.bind(scene.engine);
+      scene.engine.generate = (...asked) => {
+        scene.engine.held.clear();
+        return generate(...asked);
+      };
+      await notFound(await ask(scene, named), where);
+    });
   });
 
   test("are fetched where they are named by URL, and held as this tenant's", async () => {
@@ -338,6 +391,38 @@ describe("the queue", () => {
     await scene.counts(0, 0);
   });
 
+  test("lets interactive requests, and their pictures, go before those of the flex tier", async () => {
+    await using scene = await Scene.start();
+    const { script, go } = gate(words(["first"]));
+    scene.engine.script = script;
+    const order: string[] = [];
+    const running = scene.generate();
+    await scene.counts(1, 0);
+    const bytes = Uint8Array.of(1);
+    const hash = createHash("sha256").update(bytes).digest("hex");
+    const path = imagePath({ ...alice, priority: "batch" }, hash, limits);
+    const asked: [name: string, ask: () => Promise<Response>][] = [
+      ["batch picture", () => scene.signed("PUT", path, bytes)],
+      ["flex", () => scene.chat({ service_tier: "flex" })],
+      ["batch", () => scene.generate({ priority: "batch" })],
+      ["default", () => scene.chat({ service_tier: "default" })],
+      ["picture", () => scene.signed("PUT", imagePath(alice, hash, limits), bytes)],
+      ["interactive", () => scene.generate()],
+    ];
+    const answers: Promise<unknown>[] = [];
+    for (const [i, [name, ask]] of asked.entries()) {
+      answers.push(ask().then((response) => void (response.ok && order.push(name))));
+      await scene.counts(1, i + 1);
+    }
+    expect(await scene.metric("vispec:requests_waiting")).toEqual({ 'priority="interactive"': 3, 'priority="batch"': 3 }); // biome-ignore format: one line
+    go();
+    await Promise.all([running, ...answers]);
+    expect([order.slice(0, 3), order.slice(3)].map((names) => names.toSorted())).toEqual([
+      ["default", "interactive", "picture"],
+      ["batch", "batch picture", "flex"],
+    ]);
+  });
+
   test.each([
     [12, false],
     [64, true],
@@ -369,10 +454,45 @@ describe("the deadline", () => {
     await scene.counts(0, 0);
   });
 
-  test("is an event that ends the stream after it", async () => {
+  test("of a request ends its wait, before it reaches the engine, and that of its picture", async () => {
+    await using scene = await Scene.start();
+    scene.engine.script = silence;
+    const client = new AbortController();
+    const running = scene.generate({}, { signal: client.signal }).catch(() => null);
+    await scene.counts(1, 0);
+    const bytes = Uint8Array.of(1);
+    const hash = createHash("sha256").update(bytes).digest("hex");
+    for (const response of await Promise.all([
+      scene.generate({ deadline: 0.2 }),
+      scene.chat({ deadline: 0.2, stream: true }),
+      scene.signed("PUT", imagePath({ ...alice, deadline: 0.2 }, hash, limits), bytes),
+    ]))
+      expect([response.status, (await errorOf(response)).code]).toEqual([504, "deadline_exceeded"]);
+    await scene.counts(1, 0);
+    client.abort();
+    await running;
+    expect([scene.engine.requests.length, scene.engine.puts]).toEqual([1, []]);
+  });
+
+  test("of a request that is over when it comes keeps it from an idle engine", async () => {
+    await using scene = await Scene.start();
+    expect((await scene.generate({ deadline: 1e-9 })).status).toBe(504);
+    expect(scene.engine.requests).toEqual([]);
+  });
+
+  test("of a request is no later than the server's own", { timeout: 10_000 }, async () => {
     await using scene = await Scene.start({ deadline: 0.2 });
+    scene.engine.script = silence;
+    expect((await scene.generate({ deadline: 3600 })).status).toBe(504);
+  });
+
+  test.each<[whose: string, options: Partial<ServerOptions>, change: Partial<GenerateRequest>]>([
+    ["the server's", { deadline: 0.2 }, {}],
+    ["the request's", {}, { deadline: 0.2 }],
+  ])("is an event that ends the stream after it: %s", async (_whose, options, change) => {
+    await using scene = await Scene.start(options);
     scene.engine.script = chatter;
-    const text = await (await scene.generate({ stream: true })).text();
+    const text = await (await scene.generate({ stream: true, ...change })).text();
     const last = JSON.parse(text.trim().split("\n\n").at(-1)!.slice("data: ".length));
     expect(last.error.code).toBe("deadline_exceeded");
     expect(await scene.metric("vllm:request_success_total")).toEqual({ 'finished_reason="error"': 1 });
@@ -390,7 +510,7 @@ test("a drain lets what was accepted end whole, refuses what is new, and then is
     over = true;
   });
   const bytes = Uint8Array.of(1);
-  const image = imagePath("a", createHash("sha256").update(bytes).digest("hex"), limits);
+  const image = imagePath(alice, createHash("sha256").update(bytes).digest("hex"), limits);
   for (const refused of [await scene.generate(), await scene.chat(), await scene.signed("PUT", image, bytes)]) {
     expect([refused.status, (await errorOf(refused)).code]).toEqual([503, "draining"]);
     expect([refused.headers.get("retry-after"), refused.headers.get("connection")]).toEqual(["1", "close"]);

@@ -1,5 +1,5 @@
 /** What node:http leaves to its users: bodies with a limit, JSON and error answers, a signal for when to give up. */
-import type { IncomingMessage, ServerResponse } from "node:http";
+import type { IncomingMessage, Server, ServerResponse } from "node:http";
 import { ApiError } from "../../shared/errors.ts";
 import { isLoopback } from "../../shared/loopback.ts";
 
@@ -10,6 +10,16 @@ export class PortInUseError extends Error {
   constructor(port: number, cause?: unknown) {
     super(`port ${port} is in use`, { cause });
   }
+}
+
+/** Rejects if the port cannot be had. */
+export function listen(server: Server, port: number, host: string): Promise<void> {
+  return new Promise((resolve, reject) => {
+    server.once("error", (error: NodeJS.ErrnoException) => {
+      reject(error.code === "EADDRINUSE" ? new PortInUseError(port, error) : error);
+    });
+    server.listen(port, host, resolve);
+  });
 }
 
 /** The whole body. Throws ApiError 413 beyond `limit` bytes; what is beyond is read off and dropped. */
@@ -46,23 +56,34 @@ export class ClientLeft extends Error {
 }
 
 /**
- * Aborts when the client closes its connection before it was answered in full (ClientLeft), or when `deadline` seconds
- * are over (ApiError 504). A client that does not even read what is there by then is cut off.
+ * `signal` aborts when the client closes its connection before it was answered in full (ClientLeft), or when `most`
+ * seconds are over (ApiError 504). A client that does not even read what is there by then is cut off. `shorten` sets the
+ * request's own deadline, in seconds from this call too; one that is over by then aborts at once.
  */
-export function requestSignal(response: ServerResponse, deadline: number): AbortSignal {
+export function requestSignal(response: ServerResponse, most: number) {
   const controller = new AbortController();
-  let timer = setTimeout(() => {
-    const message = `The answer was not complete after ${deadline} seconds.`;
+  const { signal } = controller;
+  const began = performance.now();
+  const expire = (message: string) => {
     controller.abort(new ApiError(504, message, { code: "deadline_exceeded" }));
     timer = setTimeout(() => response.destroy(), GRACE);
-  }, deadline * 1000);
+  };
+  let timer = setTimeout(expire, most * 1000, `The answer was not complete after ${most} seconds.`);
+  const shorten = (deadline: number | null) => {
+    if (deadline === null || deadline >= most || signal.aborted) return;
+    clearTimeout(timer);
+    const left = 1000 * deadline - (performance.now() - began);
+    const message = "The answer was not complete within the request's deadline.";
+    if (left > 0) timer = setTimeout(expire, left, message);
+    else expire(message);
+  };
   const close = () => {
     clearTimeout(timer);
     if (!response.writableFinished) controller.abort(new ClientLeft("the client went away"));
   };
   if (response.closed || response.destroyed) close();
   else response.once("close", close);
-  return controller.signal;
+  return { signal, shorten };
 }
 
 export function sendJson(response: ServerResponse, status: number, body: string): void {

@@ -4,7 +4,7 @@
  */
 import { Counter, Gauge, Histogram, Registry } from "prom-client";
 import type { ApiError } from "../../shared/errors.ts";
-import type { GenerateRequest } from "../../shared/protocol.ts";
+import { type GenerateRequest, Priority } from "../../shared/protocol.ts";
 import type { Finish, Step } from "../engine.ts";
 
 // vLLM's buckets in seconds, with finer ones before them: a small model gives a token in less than a millisecond.
@@ -16,6 +16,7 @@ const REQUEST = [0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 
 export interface State {
   running(): number;
   waiting(): number;
+  waitingOf(priority: Priority): number;
   ready(): boolean;
   restarts(): number;
 }
@@ -42,6 +43,13 @@ export class Metrics {
     this.#gauge("vllm:num_requests_waiting", "Requests that wait for one", state.waiting);
     this.#gauge("vispec:engine_ready", "Whether the engine's process serves", () => Number(state.ready()));
     this.#gauge("process_resident_memory_bytes", "Of the HTTP process", () => process.memoryUsage.rss());
+    new Gauge({
+      ...{ name: "vispec:requests_waiting", help: "Those that wait, by priority", labelNames: ["priority"] },
+      registers: this.#registers,
+      collect() {
+        for (const priority of Priority.options) this.set({ priority }, state.waitingOf(priority));
+      },
+    });
     new Counter({
       name: "vispec:engine_restarts_total",
       help: "How often the engine's process died or hung",

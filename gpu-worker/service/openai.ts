@@ -10,7 +10,7 @@ export class Answer {
   readonly #request: GenerateRequest;
   readonly #tokenizer: Tokenizer;
   readonly #isChat: boolean;
-  /** `"object":…,"created":…,"model":…,"id":…` of a body and of a chunk. */
+  /** `"object":…,"created":…,"model":…,"service_tier":…,"id":…` of a body and of a chunk. */
   readonly #bodyHead: string;
   readonly #chunkHead: string;
   /** OpenAI has "usage":null in all chunks but the last when usage was asked for. */
@@ -29,7 +29,8 @@ export class Answer {
     this.#tokenizer = tokenizer;
     this.#isChat = request.kind === "chat";
     this.#newLogprobs = () => (this.#isChat ? chatLogprobs(tokenizer) : completionLogprobs(tokenizer));
-    const identity = `"created":${created},"model":${JSON.stringify(info.id)},"id":${JSON.stringify(request.id)}`;
+    const tier = request.priority === "batch" ? "flex" : "default";
+    const identity = `"created":${created},"model":${JSON.stringify(info.id)},"service_tier":"${tier}","id":${JSON.stringify(request.id)}`;
     this.#bodyHead = `"object":"${this.#isChat ? "chat.completion" : "text_completion"}",${identity}`;
     this.#chunkHead = `data: {"object":"${this.#isChat ? "chat.completion.chunk" : "text_completion"}",${identity}`;
     this.#chunkEnd = request.includeUsage ? `,"usage":null}\n\n` : `}\n\n`;

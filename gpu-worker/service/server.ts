@@ -1,17 +1,17 @@
 /** The GPU worker over HTTP: routes, statuses, streams, drain. Knows the engine by its interface only. */
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
+import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { type Asker, ChatModel, type PreparedChat, prepareChat, prepareCompletion } from "../../shared/chat.ts";
 import { ApiError, toApiError } from "../../shared/errors.ts";
-import { hashImage } from "../../shared/images.ts";
+import { hashImage, imageNotFound } from "../../shared/images.ts";
 import { parseBody, parseChatRequest, parseCompletionRequest } from "../../shared/parse.ts";
-import { GenerateRequest, ImageHash, imageKey, type MissingImages, PixelLimits } from "../../shared/protocol.ts";
+import { GenerateRequest, ImageHash, ImageQuery, imageKey, type MissingImages } from "../../shared/protocol.ts";
 import { SIGNATURE_HEADER, Verifier } from "../../shared/sign.ts";
 import type { Engine, Step } from "../engine.ts";
 import { describeError, type Log } from "../log.ts";
 import { untilAborted } from "../until-aborted.ts";
 import type { ImageUrls } from "./fetch-image.ts";
-import { ClientLeft, isDirect, PortInUseError, readBody, requestSignal, sendError, sendJson } from "./http.ts"; // biome-ignore format: one line
+import { ClientLeft, isDirect, listen, readBody, requestSignal, sendError, sendJson } from "./http.ts";
 import { Metrics, RequestRecord } from "./metrics.ts";
 import { Answer, errorEvent, modelList } from "./openai.ts";
 import { collectPictures, lackingPictures, type Picture, putMissing } from "./pictures.ts";
@@ -36,7 +36,7 @@ export interface ServerOptions {
   secret?: string;
   /** Which pictures are fetched by their URL. */
   imageUrls?: ImageUrls;
-  /** How many requests may wait for their turn; a quarter of them of one tenant. */
+  /** How many requests may wait for their turn; a quarter of them of one tenant and priority. */
   maxWaiting?: number;
   /** Seconds that a request may take, its wait included. */
   deadline?: number;
@@ -73,15 +73,6 @@ export async function startServer(engine: Engine, options: ServerOptions): Promi
   };
 }
 
-function listen(server: Server, port: number, host: string): Promise<void> {
-  return new Promise((resolve, reject) => {
-    server.once("error", (error: NodeJS.ErrnoException) => {
-      reject(error.code === "EADDRINUSE" ? new PortInUseError(port, error) : error);
-    });
-    server.listen(port, host, resolve);
-  });
-}
-
 /** One request for text on its way. */
 interface Job {
   response: ServerResponse;
@@ -116,6 +107,7 @@ class Worker {
     this.#metrics = new Metrics(engine.info.id, {
       running: () => this.#queue.running,
       waiting: () => this.#queue.waiting,
+      waitingOf: (priority) => this.#queue.waitingOf(priority),
       ready: () => engine.ready,
       restarts: () => engine.restarts,
     });
@@ -176,7 +168,7 @@ class Worker {
         ),
     };
     if (image !== undefined) {
-      routes[`PUT ${path}`] = () => this.#putImage(image, new URLSearchParams(query), request, response);
+      routes[`PUT ${path}`] = () => this.#putImage(image, query, request, response);
     }
     const route = routes[`${request.method} ${path}`];
     if (route) return route();
@@ -219,31 +211,27 @@ class Worker {
     throw new ApiError(503, "This worker is about to end.", { code: "draining", retryAfter: 1 });
   }
 
-  async #putImage(
-    hash: string,
-    query: URLSearchParams,
-    request: IncomingMessage,
-    response: ServerResponse,
-  ): Promise<void> {
+  async #putImage(hash: string, query: string, request: IncomingMessage, response: ServerResponse): Promise<void> {
     await this.#verify(request, "");
-    const limits = PixelLimits.safeParse({ minPixels: Number(query.get("min")), maxPixels: Number(query.get("max")) });
-    const tenant = query.get("tenant");
-    if (!ImageHash.safeParse(hash).success || !limits.success || tenant === null)
-      throw new ApiError(400, "The image's path must be its SHA-256 in hex with tenant, min and max.");
+    const { data: asked } = ImageQuery.safeParse(Object.fromEntries(new URLSearchParams(query)));
+    if (!ImageHash.safeParse(hash).success || !asked)
+      throw new ApiError(400, "The image's path must be its SHA-256 in hex with tenant, min, max and priority.");
     const bytes = await readBody(request, IMAGE_LIMIT);
     if ((await hashImage(bytes)) !== hash)
       throw new ApiError(400, `The image's bytes do not have the SHA-256 ${hash}.`, { code: "hash_mismatch" });
     this.#refuseWhenDraining();
     // The vision tower is work like any other, and takes the tenant's turn.
-    const signal = requestSignal(response, this.#deadline);
-    using place = this.#queue.enter(tenant);
+    const { signal, shorten } = requestSignal(response, this.#deadline);
+    shorten(asked.deadline);
+    const limits = { minPixels: asked.min, maxPixels: asked.max };
+    using place = this.#queue.enter(asked.tenant, asked.priority);
     await place.turn(signal);
-    await untilAborted(this.#engine.putImage(imageKey(tenant, hash, limits.data), bytes, limits.data), signal);
+    await untilAborted(this.#engine.putImage(imageKey(asked.tenant, hash, limits), bytes, limits), signal);
     response.writeHead(204).end();
   }
 
   #internalGenerate(request: IncomingMessage, response: ServerResponse): Promise<void> {
-    return this.#generate(response, async () => {
+    return this.#generate("edge", response, async () => {
       const body = await readBody(request, GENERATE_LIMIT);
       await this.#verify(request, new TextDecoder().decode(body));
       const generate = parseBody(GenerateRequest, body);
@@ -269,19 +257,26 @@ class Worker {
     if (!this.#plainApi || !isDirect(request)) throw new ApiError(404, "There is nothing here.", { code: "not_found" });
     const id = `${kind}-${crypto.randomUUID()}`;
     response.setHeader("x-request-id", id);
-    await this.#generate(response, async () => prepare(await readBody(request, CHAT_LIMIT), { id, tenant: "" }));
+    const asker = { id, tenant: "" };
+    await this.#generate("client", response, async () => prepare(await readBody(request, CHAT_LIMIT), asker));
   }
 
   /** Answers one request for text, from its arrival to its line in the log. `prepare` reads and checks it. */
-  async #generate(response: ServerResponse, prepare: () => Promise<PreparedChat>): Promise<void> {
+  async #generate(
+    from: "edge" | "client",
+    response: ServerResponse,
+    prepare: () => Promise<PreparedChat>,
+  ): Promise<void> {
     const record = new RequestRecord(this.#metrics);
-    const signal = requestSignal(response, this.#deadline);
+    const { signal, shorten } = requestSignal(response, this.#deadline);
     try {
       const prepared = await prepare();
+      shorten(prepared.request.deadline);
       record.request = prepared.request;
       response.setHeader("x-request-id", prepared.request.id);
       this.#refuseWhenDraining();
       const missing = await this.#serve(prepared, { response, record, signal });
+      if (missing.length > 0 && from === "client") throw imageNotFound(prepared.request.images[missing[0]].where);
       // Not the request's end: it comes again, after its images.
       if (missing.length > 0) return sendJson(response, 409, JSON.stringify({ missing } satisfies MissingImages));
       record.answered();
@@ -303,7 +298,7 @@ class Worker {
   async #serve(prepared: PreparedChat, job: Job): Promise<number[]> {
     const { record, signal } = job;
     // The place is taken before anything is fetched, so that what is fetched at the same time is bounded too.
-    using place = this.#queue.enter(prepared.request.tenant);
+    using place = this.#queue.enter(prepared.request.tenant, prepared.request.priority);
     const pictures = await collectPictures(prepared, this.#imageUrls, signal);
     const { missing } = await lackingPictures(this.#engine, pictures, signal);
     if (missing.length > 0) return missing;

@@ -73,6 +73,7 @@ const good: { path: string; schema: z.ZodType; body: Body }[] = [
       ...{ seed: -1, presence_penalty: 0.5, frequency_penalty: -0.5, repetition_penalty: 1.1, logit_bias: { "5": 3 } },
       ...{ stop: "never", stop_token_ids: [3], ignore_eos: false, stream: true, drafter: "none", user: "someone" },
       ...{ stream_options: { include_usage: true, include_drafts: true }, logprobs: true, top_logprobs: 2 },
+      ...{ service_tier: "flex", deadline: 3600 },
       ...{ min_pixels: 784, mm_processor_kwargs: { max_pixels: 9000 }, response_format: { type: "text" } },
     },
   },
@@ -237,6 +238,7 @@ const badPictures: ((random: Random) => string | [string, true])[] = [
   (random) => random.pick(["x", " ", "//", "/etc/passwd", "file:///etc/passwd", "ftp://127.0.0.1/a.png", "gopher://127.0.0.1/", "javascript:1", "blob:null", "about:blank", "HTTP:", "http://", "https://:0", "http://[", "http://a b/", "http://127.0.0.1:99999/"]), // biome-ignore format: one list
   (random) => random.pick(["http://127.0.0.1/a.png", "http://127.1/", "http://2130706433/", "http://0x7f.1/", "http://[::1]/", "http://[::ffff:127.0.0.1]/", "http://169.254.169.254/latest/meta-data/", "http://10.0.0.1/", "http://user:secret@192.168.0.1/", "http://0.0.0.0/", "http://localhost/"]), // biome-ignore format: one list
   (random) => `http://127.0.0.1/${"a".repeat(8000 + random.below(2000))}`,
+  (random) => random.pick(["sha256:", "SHA256:", `sha256:${"0".repeat(64)}`, `sha256:${"A".repeat(64)}`, `sha256:${"0".repeat(1e5)}`, `sha256:${"0".repeat(64)}\n`]), // biome-ignore format: one list
   (random) => `data:image/png;base64,${"A".repeat(4 * random.below(100_000))}`,
 ];
 
@@ -343,7 +345,7 @@ const kinds: Record<string, [share: number, make: Kind]> = {
       const refused = worker === "unsigned" ? { status: 401, param: null } : undefined;
       if (random.below(4) === 0) {
         const hash = random.pick(["0".repeat(64), "x", "..%2f", "A".repeat(64), "%"]);
-        const query = random.pick(["", "?tenant=", "?tenant=a&min=0&max=5", "?tenant=a&min=x&max=", "?min=1&max=2", `?tenant=${"t".repeat(300)}&min=1&max=2`, "?tenant=a&min=9&max=1", "?tenant=a&min=784&max=5000"]); // biome-ignore format: one list
+        const query = random.pick(["", "?tenant=", "?tenant=a&min=0&max=5", "?tenant=a&min=x&max=", "?min=1&max=2", `?tenant=${"t".repeat(300)}&min=1&max=2`, "?tenant=a&min=9&max=1&priority=batch", "?tenant=a&min=784&max=5000", "?tenant=a&min=784&max=5000&priority=batch", "?tenant=a&min=784&max=5000&priority=first", "?tenant=a&min=784&max=5000&priority=batch&deadline=0"]); // biome-ignore format: one list
         return {
           ...post(`/internal/images/${hash}${query}`, files[0], refused ?? { param: null }),
           method: "PUT",
@@ -360,6 +362,7 @@ const kinds: Record<string, [share: number, make: Kind]> = {
 const generate: Body = {
   ...{ id: "x", tenant: "t", kind: "chat", model: "m", fingerprint: "f", tokens: [1, 2], n: 1, maxTokens: 1 },
   ...{ user: null, stop: ["x"], stopTokenIds: [1], ignoreEos: false, logprobs: null, json: null },
+  ...{ priority: "batch", deadline: 60 },
   images: [{ hash: "0".repeat(64), url: null, where: "messages[0].content[0]", limits: { minPixels: 784, maxPixels: 5000 } }], // biome-ignore format: one line
   sampling: { temperature: 0, topP: 1, topK: 0, minP: 0, seed: 1, repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [[1, 2]] }, // biome-ignore format: one line
   ...{ plain: false, stream: false, includeUsage: false, includeDrafts: false },
