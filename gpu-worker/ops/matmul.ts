@@ -1,5 +1,6 @@
 /** Products with matrices: names are ONNX's. */
 import type { Dim, Graph, Value } from "../graph/graph.ts";
+import { CUSTOM_DOMAIN } from "../graph/onnx.ts";
 import { broadcast, cast } from "./elementwise.ts";
 
 /** a [..,m,k] · b [..,k,n]. */
@@ -11,15 +12,24 @@ export function matMul(g: Graph, a: Value, b: Value): Value {
   return g.node("MatMul", [a, b], [{ dtype: a.dtype, shape: [...batch, a.shape.at(-2)!, b.shape.at(-1)!] }])[0];
 }
 
+/** x [T,k] · w [k,n], w bound: by an operator of our own where numbers of rows come again. */
+export function boundProduct(g: Graph, x: Value, w: Value): Value {
+  if (!g.options.searched) return matMul(g, x, w);
+  return g.node("Linear", [x, w], [{ dtype: x.dtype, shape: [x.shape[0], w.shape[1]] }], {}, CUSTOM_DOMAIN)[0];
+}
+
 /** a [m,k] · b [n,k]ᵀ + c, c broadcast to [m,n]. */
 export function gemm(g: Graph, a: Value, b: Value, c: Value): Value {
   if (a.shape[1] !== b.shape[1]) throw new Error(`Gemm of [${a.shape}] and [${b.shape}]ᵀ`);
   return g.node("Gemm", [a, b, c], [{ dtype: a.dtype, shape: [a.shape[0], b.shape[0]] }], { transB: 1 })[0];
 }
 
+/** Largest integer of a matrix: CPUs without VNNI add two products with bytes in 16 bits, which must not overflow. */
+const LARGEST = Math.floor(2 ** 15 / (2 * 255)) - 1;
+
 /**
  * a [..,m,k] · b [k,n] in 8-bit integers: the constant b with one scale a column, a with one a run (DynamicQuantizeMatMul).
- * The scales and integers of b are worked out when the session loads. About 0.5 % relative error.
+ * The scales and integers of b are worked out when the session loads. About 1 % relative error.
  */
 export function int8MatMul(g: Graph, a: Value, b: Value): Value {
   const [k, n] = b.shape;
@@ -27,7 +37,7 @@ export function int8MatMul(g: Graph, a: Value, b: Value): Value {
   const largest = g.node("ReduceMax", [one("Abs", [b], b.shape), g.ints([0])], [{ dtype: "f32", shape: [n] }], {
     keepdims: 0,
   })[0];
-  const scale = one("Div", [largest, g.floats([127])], [n]);
+  const scale = one("Div", [largest, g.floats([LARGEST])], [n]);
   const rounded = one("Round", [one("Div", [b, scale], [k, n])], [k, n]);
   const integers = cast(g, rounded, "i8");
   const out = { dtype: a.dtype, shape: [...a.shape.slice(0, -1), n] };
