@@ -1,8 +1,10 @@
 /** The engine against what Hugging Face's own code and the published ViSpec code answer for the tiny checkpoints. */
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { decode } from "../gpu-worker/decode/decode.ts";
+import { noDrafter } from "../gpu-worker/decode/drafters/drafter.ts";
 import { fixedPlan, type TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { type VispecDrafting, vispecDrafter } from "../gpu-worker/decode/drafters/vispec.ts";
-import { argmax } from "../gpu-worker/decode/sample.ts";
+import { argmax, Sampler } from "../gpu-worker/decode/sample.ts";
 import { writeTreeMask } from "../gpu-worker/engine/mask.ts";
 import type { LocalEngine } from "../gpu-worker/engine-local.ts";
 import { encodeOnnx } from "../gpu-worker/graph/onnx.ts";
@@ -14,6 +16,7 @@ import {
   goldenTensors,
   maxDifference,
   openEngine,
+  plainSampling,
   promptOf,
   readGolden,
   textOf,
@@ -143,6 +146,16 @@ describe.each(families)("$name", ({ model, goldens, cases }) => {
         expect(tokensOf(steps)).toEqual(golden.output_ids.slice(0, maxTokens));
         expect(steps.at(-1)!.finish!.reason).toBe("length");
       }
+    });
+
+    test("all that a drafter takes whose trees come verified is counted as verification", async () => {
+      const drafter: typeof noDrafter = { ...noDrafter, start: (s) => ({ ...noDrafter.start(s), verifies: true }) };
+      const samplers = [new Sampler(plainSampling)];
+      const options = { samplers, maxTokens: 3, stopTokens: new Set<number>(), signal: AbortSignal.timeout(60_000) };
+      const drafting: number[] = [];
+      for await (const cycles of decode(engine.target, drafter, await promptOf(engine, cases[0]), options))
+        for await (const { draftMs } of cycles) drafting.push(draftMs);
+      expect(drafting).toEqual([0, 0, 0]);
     });
   });
 

@@ -1,12 +1,12 @@
 /** Which tree is drafted where a cycle's shape is fixed beforehand, by made-up costs and chances; and kept costs. */
-import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, mkdtempSync, readdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import { z } from "zod";
 import { MENU, ShapeChooser } from "../gpu-worker/decode/drafters/menu.ts";
 import type { TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
-import { cachedCosts } from "../gpu-worker/engine/costs-cache.ts";
+import { cachedCosts, codeHash } from "../gpu-worker/engine/costs-cache.ts";
 
 type Shape = TreeShape | undefined;
 /** Chance of the i-th draft, from 0 on, when those before were accepted. */
@@ -188,5 +188,24 @@ describe("kept costs", () => {
     writeFileSync(join(folder, "vispec"), "no folder");
     expect(measured({ device: "a" })).toBe(1);
     expect(warn).toHaveBeenCalledWith(expect.stringContaining("not kept"));
+  });
+
+  test("hang on the code: on every kernel's and source's text and name, and on the package's dependencies", () => {
+    const path = (name: string) => join(folder, name);
+    const hashes = new Set<string>();
+    const changed = (change: () => void) => {
+      change();
+      hashes.add(codeHash(folder));
+      return hashes.size;
+    };
+    mkdirSync(path("gpu-worker/cuda"), { recursive: true });
+    writeFileSync(path("gpu-worker/main.ts"), "");
+    writeFileSync(path("gpu-worker/cuda/tree.cu"), "a kernel");
+    expect(changed(() => writeFileSync(path("package.json"), "{}"))).toBe(1);
+    expect(changed(() => writeFileSync(path("gpu-worker/notes.md"), "no code"))).toBe(1);
+    expect(changed(() => writeFileSync(path("gpu-worker/cuda/tree.cu"), "another"))).toBe(2);
+    expect(changed(() => renameSync(path("gpu-worker/main.ts"), path("gpu-worker/cuda/main.ts")))).toBe(3);
+    expect(changed(() => writeFileSync(path("gpu-worker/cuda/main.ts"), "more"))).toBe(4);
+    expect(changed(() => writeFileSync(path("package.json"), '{"version":"2"}'))).toBe(5);
   });
 });

@@ -5,7 +5,8 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { draftVocabulary, FREQUENT_FILE } from "../gpu-worker/engine/cuda/model.ts";
 import { encodePicture, type Passage } from "../gpu-worker/engine/images.ts";
-import { type FixedInput, Runtime, type Session, type Tensor } from "../gpu-worker/engine/runtime.ts";
+import { type FixedInput, Runtime, type Session } from "../gpu-worker/engine/runtime.ts";
+import type { Tensor } from "../gpu-worker/engine/tensor.ts";
 import { Graph } from "../gpu-worker/graph/graph.ts";
 import { CUSTOM_DOMAIN, encodeOnnx } from "../gpu-worker/graph/onnx.ts";
 import { adaptorGraph, DRAFT_ATTENTION, draftBiasGraph, draftGraph, foldGraph } from "../gpu-worker/model/draft.ts";
@@ -15,9 +16,19 @@ import { graphs, describe as readCheckpoint } from "../gpu-worker/model/model.ts
 import { frequencies, ropeTable } from "../gpu-worker/model/rope.ts";
 import { gatedSilu } from "../gpu-worker/ops/elementwise.ts";
 import { families, MODEL, maxDifference } from "./support/goldens.ts";
-import { addRmsNormOp, attentionOp, bytesAt, gatedSiluOp, pairRowsOp, weightsOn } from "./support/own-operators.ts";
+import {
+  addRmsNormOp,
+  attentionOp,
+  bytesAt,
+  gatedSiluOp,
+  linearOp,
+  pairRowsOp,
+  weightsOn,
+} from "./support/own-operators.ts";
 
 const OWN = { dtype: "f32", attention: "own", int8: false } as const;
+/** Of the passes in a cycle. */
+const CYCLE = { ...OWN, searched: true } as const;
 const FUSED = { ...OWN, attention: "fused" } as const;
 /** Of every cache. */
 const ROWS = 192;
@@ -104,7 +115,7 @@ describe.each(families)("$name", ({ model }) => {
     runtime = new Runtime();
     const attentions = [attentionOp(TARGET_ATTENTION, language, ROWS), attentionOp(DRAFT_ATTENTION, drafting, ROWS)];
     const norms = [...new Set([language.epsilon, drafting.epsilon])].map(addRmsNormOp);
-    runtime.addCustomOps(CUSTOM_DOMAIN, [...attentions, ...norms, gatedSiluOp, pairRowsOp(width)]);
+    runtime.addCustomOps(CUSTOM_DOMAIN, [...attentions, ...norms, gatedSiluOp, linearOp, pairRowsOp(width)]);
     const weightsOf = weightsOn(runtime);
     load = (graph, more = []) => {
       const fixed = [...weightsOf(graph), ...more];
@@ -134,7 +145,7 @@ describe.each(families)("$name", ({ model }) => {
 
   test("the target's passes over a prompt with a picture, its second chunk, and a tree", () => {
     const [cpu, prompt] = [load(plain.language), load(languageGraph(language, weights, OWN, names))];
-    const text = load(languageGraph(language, weights, OWN, names, false));
+    const text = load(languageGraph(language, weights, CYCLE, names, false));
     const [a, b]: [Caches, Caches] = [new Map(), new Map()];
     const both = (name: string, graph: Runnable, given: Given, other = cpu) => {
       const ids = Array.from(given.positions, (p, i) => (p * 31 + i * 7) % vocabulary);
@@ -147,7 +158,7 @@ describe.each(families)("$name", ({ model }) => {
     both("prompt", prompt, { ...chain(0, 70), ...picture, logit_rows: [69, 3] });
     both("chunk", prompt, { ...chain(70, 20), logit_rows: [19] });
     both("tree", text, attentionOf(90, range(80).map((i) => (i - 1) >> 1))); // biome-ignore format: one line
-    const [tied, plainTied] = [OWN, FUSED].map((options) => load(languageGraph({ ...language, tiedEmbeddings: true }, weights, options, names, false))); // biome-ignore format: one line
+    const [tied, plainTied] = [CYCLE, FUSED].map((options) => load(languageGraph({ ...language, tiedEmbeddings: true }, weights, options, names, false))); // biome-ignore format: one line
     both("the embedding as head", tied, attentionOf(90, [-1]), plainTied);
     compareCaches(a, b, language.layers);
   });
@@ -158,7 +169,7 @@ describe.each(families)("$name", ({ model }) => {
     const fixed = [{ name: "folded", tensor: folded, dims: [2 * width, width] }];
     const cut = draftVocabulary({ draftVocabulary: 300 }, vocabulary, eosTokens)!;
     const vocabularies = [range(vocabulary), cut];
-    const layers = vocabularies.map((tokens) => load(draftGraph(drafting, draftWeights, head, OWN, tokens), fixed));
+    const layers = [OWN, CYCLE].map((options, i) => load(draftGraph(drafting, draftWeights, head, options, vocabularies[i]), fixed)); // biome-ignore format: one line
     const [cpu, a, b]: [Runnable, Caches, Caches] = [load(plain.draft!.layer), new Map(), new Map()];
     const both = (name: string, given: Given) => {
       const count = given.positions.length;

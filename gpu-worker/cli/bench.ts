@@ -1,12 +1,13 @@
 /** `vispec bench`: how fast the model answers here, plain and with drafts, in one run. Prints; asserts nothing. */
 import { createHash, randomBytes } from "node:crypto";
 import { existsSync, readFileSync } from "node:fs";
-import { cpus, homedir } from "node:os";
+import { cpus } from "node:os";
 import { basename, join } from "node:path";
 import { ChatModel, prepareChat } from "../../shared/chat.ts";
 import { type GenerateRequest, imageKey } from "../../shared/protocol.ts";
 import { planInflation, readShape } from "../checkpoint/inflate.ts";
 import { LIKE, likeShape } from "../checkpoint/inflate-shapes.ts";
+import { inCache } from "../cuda/cache-folder.ts";
 import type { Costs, TreeShape } from "../decode/drafters/plan.ts";
 import type { Finish } from "../engine.ts";
 import { type EngineOptions, LocalEngine } from "../engine-local.ts";
@@ -192,8 +193,7 @@ async function inflated(like: string, model: string, draft: string, signal: Abor
   const { digest, texts, copies } = planInflation(model, draft, likeShape(shape, readShape(model)));
   const hash = createHash("sha256").update(JSON.stringify([digest, texts]));
   for (const { from } of copies) hash.update(readFileSync(from));
-  const cache = process.env.XDG_CACHE_HOME || join(homedir(), ".cache");
-  const folder = join(cache, "vispec", `${basename(model)}-${like}-${hash.digest("hex").slice(0, 8)}`);
+  const folder = inCache(`${basename(model)}-${like}-${hash.digest("hex").slice(0, 8)}`);
   if (existsSync(folder)) console.error(`${folder} is there already`);
   else await inflateCommand(["--model", model, "--draft", draft, "--like", like, "--out", folder], signal);
   return folder;

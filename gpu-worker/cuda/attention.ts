@@ -115,7 +115,7 @@ function moduleOf(cuda: Cuda, { dtype, headSize }: AttentionShape): Module {
 }
 
 /** Attention of one decoder. Its scratch memory serves one launch at a time, as one stream gives. */
-export class Attention implements Disposable {
+export class Attention {
   readonly #cuda: Cuda;
   readonly #shape: AttentionShape;
   readonly #kernels = new Map<string, Kernel>();
@@ -167,9 +167,5 @@ export class Attention implements Disposable {
     if (grid.splits === 1 || (this.#clusters && !prompt)) return;
     const chunks = tokens * heads * Math.ceil(headSize / 32) * 4;
     kernel("combine").launch([Math.ceil(chunks / 128), 1, 1], 128, 0, ...inputs, grid.splits);
-  }
-
-  [Symbol.dispose](): void {
-    this.#cuda.free(this.#scratch);
   }
 }

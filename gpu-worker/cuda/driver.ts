@@ -133,7 +133,8 @@ export class Cuda {
 
   /**
    * Compiles a source that includes nothing, after PRELUDE; `name` is what errors call it. Where every kernel says
-   * `awaitInputs();` first of all, kernels start while the one before ends, if the GPU can (sm_90 and later).
+   * `awaitInputs();` before it reads or writes what others write, kernels start while those before run, if the GPU can
+   * (sm_90 and later).
    * @throws Error with the compiler's log.
    */
   compile(source: string, defines: Record<string, number>, name?: string): Module {
@@ -199,7 +200,7 @@ export class CapturedGraph implements Disposable {
 }
 
 /** Compiled kernels. */
-export class Module implements Disposable {
+export class Module {
   readonly #handle: bigint;
   readonly #stream: bigint;
   readonly #early: boolean;
@@ -216,10 +217,6 @@ export class Module implements Disposable {
     const result = api.cuModuleGetFunction(out, this.#handle, name) as number;
     if (result !== 0) fail(`kernel ${name}`, result);
     return new Kernel(name, out[0], this.#stream, this.#early);
-  }
-
-  [Symbol.dispose](): void {
-    call("cuModuleUnload", this.#handle);
   }
 }
 

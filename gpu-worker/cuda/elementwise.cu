@@ -116,10 +116,17 @@ __device__ __forceinline__ float blockSum(float x) {
 // stored. One block a row of at most 1024 threads; a thread keeps up to MOST pieces of 8 narrow values.
 extern "C" __global__ void addRmsNorm(void* norm, void* sum, const void* x, const void* residual, const void* weight,
                                       int width, int type, float epsilon) {
+  const bool pieces = type != 0 && width % 8 == 0 && width <= 8 * MOST * (int)blockDim.x;
+  uint4 weights[MOST]; // nothing writes them, so that they need not be waited for
+#pragma unroll
+  for (int j = 0; j < MOST; j++) {
+    const int i = (j * blockDim.x + threadIdx.x) * 8;
+    if (pieces && i < width) weights[j] = *(const uint4*)((const u16*)weight + i);
+  }
   awaitInputs();
   const long long row = (long long)blockIdx.x * width;
   float squares = 0.0f;
-  if (type == 0 || width % 8 || width > 8 * MOST * (int)blockDim.x) {
+  if (!pieces) {
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
       store(sum, row + i, load(x, row + i, type) + (residual ? load(residual, row + i, type) : 0.0f), type);
       const float s = load(sum, row + i, type);
@@ -154,8 +161,7 @@ extern "C" __global__ void addRmsNorm(void* norm, void* sum, const void* x, cons
   for (int j = 0; j < MOST; j++) {
     const int i = (j * blockDim.x + threadIdx.x) * 8;
     if (i >= width) continue;
-    const uint4 w = *(const uint4*)((const u16*)weight + i);
-    const u32* pw = &w.x;
+    const u32* pw = &weights[j].x;
     u32* pk = &kept[j].x;
 #pragma unroll
     for (int k = 0; k < 4; k++)

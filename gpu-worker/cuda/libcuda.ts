@@ -33,7 +33,6 @@ const functions = {
   cuEventSynchronize: "int f(void* event)",
   cuEventElapsedTime: "int f(_Out_ float* ms, void* from, void* to)",
   cuModuleLoadData: "int f(_Out_ void** module, void* image)",
-  cuModuleUnload: "int f(void* module)",
   cuModuleGetFunction: "int f(_Out_ void** kernel, void* module, const char* name)",
   cuFuncSetAttribute: "int f(void* kernel, int attribute, int value)",
   cuLaunchKernelEx: "int f(void* config, void* kernel, void* params, void* extra)",

@@ -1,15 +1,14 @@
 /** CUDA C++ to machine code, by NVRTC through koffi. Needs the toolkit's library, but neither a GPU nor its driver. */
-import { createHash, randomUUID } from "node:crypto";
-import { existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
-import { homedir } from "node:os";
-import { join } from "node:path";
+import { createHash } from "node:crypto";
+import { existsSync, readFileSync } from "node:fs";
 import koffi from "koffi";
+import { inCache, keep } from "./cache-folder.ts";
 
 type Library = ReturnType<typeof koffi.load>;
 export type Call = (...args: unknown[]) => unknown;
 
 /** Where CUDA's toolkit has its libraries; the loader's own places (LD_LIBRARY_PATH) come first. */
-const TOOLKIT = ["/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"];
+export const TOOLKIT = ["/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"];
 /** CUDA's major versions whose NVRTC will do, the newest first. */
 const MAJORS = [13, 12];
 
@@ -79,25 +78,15 @@ function read(size: "nvrtcGetProgramLogSize" | "nvrtcGetCUBINSize", get: keyof t
  * cannot be read or written costs that time again, nothing else.
  */
 export function cachedCubin(...what: Parameters<typeof compileCubin>): Uint8Array {
-  const folder = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "vispec");
-  const file = join(
-    folder,
-    `kernel-${createHash("sha256").update(JSON.stringify(what)).digest("hex").slice(0, 24)}.cubin`,
-  );
+  const hash = createHash("sha256").update(JSON.stringify(what)).digest("hex").slice(0, 24);
+  const file = inCache(`kernel-${hash}.cubin`);
   try {
     if (existsSync(file)) return readFileSync(file);
   } catch {
     // Compiled anew.
   }
   const cubin = compileCubin(...what);
-  try {
-    const temporary = `${file}.${randomUUID()}`;
-    mkdirSync(folder, { recursive: true });
-    writeFileSync(temporary, cubin);
-    renameSync(temporary, file);
-  } catch (error) {
-    console.warn(`vispec: compiled kernels are not kept: ${(error as Error).message}`);
-  }
+  keep(file, cubin, "compiled kernels");
   return cubin;
 }
 

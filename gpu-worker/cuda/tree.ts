@@ -7,7 +7,7 @@ import { join } from "node:path";
 import type { TreeShape } from "../decode/drafters/plan.ts";
 import type { Fresh } from "../decode/target.ts";
 import type { Tree } from "../decode/tree.ts";
-import type { Cuda, Kernel, Module, Pinned } from "./driver.ts";
+import type { Cuda, Kernel, Pinned } from "./driver.ts";
 
 // The bounds of tree.cu.
 const THREADS = 256;
@@ -116,7 +116,7 @@ export class CycleBlock implements Disposable {
   readonly #output: Pinned;
 
   /** `freshRows`: as many as a deeper shape's cycle may leave, where shapes alternate; 16 at most. */
-  constructor(cuda: Cuda, shape: TreeShape, freshRows = shape.depth + 2) {
+  constructor(cuda: Cuda, shape: TreeShape, freshRows: number) {
     checkShape(shape);
     if (freshRows < 1 || freshRows > MAX_FRESH) throw new Error(`${freshRows} fresh rows: at most ${MAX_FRESH} fit`);
     this.#cuda = cuda;
@@ -220,8 +220,7 @@ function slicesOf(rows: number, vocabulary: number, per: number): { slices: numb
 }
 
 /** Kernels for logits of one type; every method enqueues only, so it can be captured. */
-export class TreeKernels implements Disposable {
-  readonly #module: Module;
+export class TreeKernels {
   readonly #kernels: Record<"candidates" | "grow" | "finish" | "argmax" | "moveRows", Kernel>;
   /** Elements of 16 bytes. */
   readonly #per: number;
@@ -229,7 +228,6 @@ export class TreeKernels implements Disposable {
   constructor(cuda: Cuda, dtype: "f16" | "bf16" | "f32") {
     const source = readFileSync(join(import.meta.dirname, "tree.cu"), "utf8");
     const module = cuda.compile(source, { [dtype.toUpperCase()]: 1 }, "tree.cu");
-    this.#module = module;
     this.#kernels = {
       candidates: module.kernel("candidates"),
       grow: module.kernel("grow"),
@@ -289,9 +287,5 @@ export class TreeKernels implements Disposable {
     const { keys, indices, sums } = work;
     this.#kernels.candidates.launch([slices, rows, 1], THREADS, 0, logits, keys, indices, sums, vocabulary, slice, k);
     return slices;
-  }
-
-  [Symbol.dispose](): void {
-    this.#module[Symbol.dispose]();
   }
 }

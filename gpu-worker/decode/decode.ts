@@ -78,7 +78,7 @@ async function* decodeChoice<S extends Sequence>(
     await breathe(signal);
     const start = performance.now();
     const tree = drafting.propose(fresh);
-    const proposed = performance.now();
+    const proposed = drafting.verifies ? start : performance.now();
     const scores = context.scores(tree);
     const scored = performance.now();
     const path = options.accept?.(tree) ?? (await verify(tree, scores, sampler, last));

@@ -1,6 +1,7 @@
 /** The memory of one sequence in one decoder: KV cache, rotary tables and attention bias, of a fixed capacity. */
 import { writeTreeMask } from "./mask.ts";
-import type { Binding, Runtime, Session, Tensor } from "./runtime.ts";
+import type { Runtime, Session } from "./runtime.ts";
+import type { Binding, Tensor } from "./tensor.ts";
 
 export interface CacheShape {
   layers: number;

@@ -4,8 +4,9 @@ import type { Tree } from "../decode/tree.ts";
 import type { Path } from "../decode/verify.ts";
 import type { Model } from "../model/model.ts";
 import { SequenceCache } from "./cache.ts";
-import type { Binding, Runtime, Tensor } from "./runtime.ts";
+import type { Runtime } from "./runtime.ts";
 import type { Prompt } from "./target.ts";
+import type { Binding, Tensor } from "./tensor.ts";
 
 /** Disposing of it gives its memory back to the target, which uses it for later sequences; `free` ends it. */
 export class Context implements Sequence {

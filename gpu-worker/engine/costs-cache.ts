@@ -1,23 +1,23 @@
 /** Keeps what was measured about a model on a device between starts: small JSON files in the user's cache folder. */
-import { createHash, randomUUID } from "node:crypto";
-import { existsSync, mkdirSync, readFileSync, renameSync, rmSync, writeFileSync } from "node:fs";
-import { homedir } from "node:os";
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { ZodType } from "zod";
+import { inCache, keep } from "../cuda/cache-folder.ts";
 
 /**
- * What `measure` gave the last time under the same key (all that the figures hang on: device, model, draft, type, version,
+ * What `measure` gave the last time under the same key (all that the figures hang on: device, model, draft, type, code,
  * options), or now, when nothing is kept that `schema` accepts. A folder that cannot be written costs a warning.
  */
 export function cachedCosts<T>(key: Record<string, string | number>, schema: ZodType<T>, measure: () => T): T {
   const sorted = Object.entries(key).sort(([a], [b]) => (a < b ? -1 : 1));
   const hash = createHash("sha256").update(JSON.stringify(sorted)).digest("hex").slice(0, 16);
-  const folder = join(process.env.XDG_CACHE_HOME || join(homedir(), ".cache"), "vispec");
-  const file = join(folder, `costs-${hash}.json`);
+  const file = inCache(`costs-${hash}.json`);
   const kept = schema.safeParse(read(file));
   if (kept.success) return kept.data;
   const costs = measure();
-  write(folder, file, { key, costs });
+  // The key is written for who looks into the folder.
+  keep(file, `${JSON.stringify({ key, costs }, null, 2)}\n`, "measured costs");
   return costs;
 }
 
@@ -30,15 +30,15 @@ function read(file: string): unknown {
   }
 }
 
-/** The key is written for who looks into the folder. The file appears whole: other engines may start at the same time. */
-function write(folder: string, file: string, content: object): void {
-  const temporary = `${file}.${randomUUID()}`;
-  try {
-    mkdirSync(folder, { recursive: true });
-    writeFileSync(temporary, `${JSON.stringify(content, null, 2)}\n`);
-    renameSync(temporary, file);
-  } catch (error) {
-    if (existsSync(temporary)) rmSync(temporary);
-    console.warn(`vispec: measured costs are not kept: ${(error as Error).message}`);
-  }
+/**
+ * A short hash of the code that passes are made of: all sources of the package's `gpu-worker`, and package.json, which
+ * pins ONNX Runtime. It changes more often than costs do: to measure once too often takes little.
+ */
+export function codeHash(root: string): string {
+  const sources = readdirSync(join(root, "gpu-worker"), { recursive: true, encoding: "utf8" });
+  const names = sources.filter((name) => /\.(cu|ts)$/.test(name)).map((name) => join("gpu-worker", name));
+  const hash = createHash("sha256");
+  for (const name of ["package.json", ...names.sort()])
+    hash.update(JSON.stringify([name, readFileSync(join(root, name), "utf8")]));
+  return hash.digest("hex").slice(0, 16);
 }

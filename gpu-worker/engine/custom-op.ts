@@ -10,10 +10,10 @@ export interface CustomOp {
   optional?: number;
   /** 1 by default. */
   outputs?: number;
-  /** Columns of each output, for so many of the first input. */
-  columns(columns: number): number;
-  /** Queues the kernel; the input that was left out is 0n. */
-  compute(inputs: readonly bigint[], outputs: readonly bigint[], rows: number, columns: number): void;
+  /** Columns of each output, for so many of the first input; `of` gives those of another input of rank 2. */
+  columns(columns: number, of: (input: number) => number): number;
+  /** Queues the kernel; the input that was left out is 0n. `columns` are the first input's, `width` the outputs'. */
+  compute(inputs: readonly bigint[], outputs: readonly bigint[], rows: number, columns: number, width: number): void;
 }
 
 /** What a kernel's call needs of the API. */
@@ -22,8 +22,8 @@ export interface KernelApi {
   input(context: bigint, index: number): bigint;
   /** Address of an output, made with these dimensions. */
   output(context: bigint, index: number, dims: BigInt64Array): bigint;
-  /** Dimensions of the first input, of rank 2. */
-  dims(context: bigint): BigInt64Array;
+  /** Dimensions of an input of rank 2. */
+  dims(context: bigint, index: number): BigInt64Array;
 }
 
 /** Fields before GetVariadicInputMinArity are what a struct of this version must have. */
@@ -54,10 +54,11 @@ export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) 
   const compute = (_kernel: bigint, context: bigint) => {
     try {
       const inputs = op.inputs.map((_, i) => api.input(context, i));
-      const [rows, columns] = api.dims(context);
-      const dims = BigInt64Array.of(rows, BigInt(op.columns(Number(columns))));
+      const [rows, columns] = Array.from(api.dims(context, 0), Number);
+      const width = op.columns(columns, (input) => Number(api.dims(context, input)[1]));
+      const dims = BigInt64Array.of(BigInt(rows), BigInt(width));
       const outputs = Array.from({ length: op.outputs ?? 1 }, (_, i) => api.output(context, i, dims));
-      op.compute(inputs, outputs, Number(rows), Number(columns));
+      op.compute(inputs, outputs, rows, columns, width);
     } catch (error) {
       failed(error);
     }

@@ -4,7 +4,8 @@ import type { Fresh } from "../decode/target.ts";
 import type { Model } from "../model/model.ts";
 import { SequenceCache } from "./cache.ts";
 import type { Context } from "./context.ts";
-import type { Binding, Runtime, Session, Tensor } from "./runtime.ts";
+import type { Runtime, Session } from "./runtime.ts";
+import type { Binding, Tensor } from "./tensor.ts";
 
 /** The likeliest next tokens after some rows, k a row: natural log-probabilities, in falling order. */
 export interface Candidates {

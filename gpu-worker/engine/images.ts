@@ -4,8 +4,9 @@ import type { PixelLimits } from "../../shared/protocol.ts";
 import { decodeImage, type Picture } from "../input/decode.ts";
 import type { ImageShape, InputData } from "../model/family.ts";
 import type { ModelFiles } from "../model/model.ts";
-import type { Runtime, Session, Tensor } from "./runtime.ts";
+import type { Runtime, Session } from "./runtime.ts";
 import type { ImageData } from "./target.ts";
+import type { Tensor } from "./tensor.ts";
 
 /** Embedding rows of one picture in the prompt. */
 export interface ImageRows extends ImageShape {

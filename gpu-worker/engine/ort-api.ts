@@ -1,7 +1,14 @@
-/** ONNX Runtime's C API as this project calls it: each function's index in OrtApi (ONNX Runtime 1.29) and its C signature. */
+/**
+ * ONNX Runtime's C API as this project calls it: each function's index in OrtApi (ONNX Runtime 1.29) and its C signature,
+ * the library that has them, and what their statuses say.
+ */
+import { existsSync } from "node:fs";
+import { createRequire } from "node:module";
+import { dirname, join } from "node:path";
+import koffi from "koffi";
 
 /** Index in `struct OrtApi` and parameters; every function but the releases returns an OrtStatus*, null when all is well. */
-export const functions = {
+const functions = {
   GetErrorMessage: [2, "const char* f(void* status)"],
   CreateEnv: [3, "void* f(int level, const char* id, _Out_ void** out)"],
   CreateSessionFromArray: [8, "void* f(void* env, void* data, size_t length, void* options, _Out_ void** out)"],
@@ -46,3 +53,51 @@ export const functions = {
     "void* f(void* options, const char* name, const char** keys, const char** values, size_t n)",
   ],
 } as const satisfies Record<string, readonly [number, string]>;
+
+export type Handle = bigint;
+export type Call = (...args: unknown[]) => unknown;
+// When the library object is collected, the library is unloaded and every later call jumps into nothing.
+let library: ReturnType<typeof koffi.load>;
+export let api: Record<keyof typeof functions, Call>;
+export let environment: Handle;
+
+/** @throws Error with ONNX Runtime's words for a status that is not null. */
+export function check(status: unknown): void {
+  if (!status) return;
+  const message = api.GetErrorMessage(status) as string;
+  api.ReleaseStatus(status);
+  throw new Error(`ONNX Runtime: ${message}`);
+}
+
+/** Calls a function whose last parameter receives a handle. */
+export function create(f: Call, ...args: unknown[]): Handle {
+  const out: [Handle | null] = [null];
+  check(f(...args, out));
+  return out[0]!;
+}
+
+/** The shared library inside the installed onnxruntime-node. */
+export function libraryPath(): string {
+  const root = dirname(createRequire(import.meta.url).resolve("onnxruntime-node/package.json"));
+  const folder = join(root, "bin", "napi-v6", process.platform, process.arch);
+  const names = { darwin: "libonnxruntime.1.dylib", win32: "onnxruntime.dll" } as Record<string, string>;
+  const path = join(folder, names[process.platform] ?? "libonnxruntime.so.1");
+  if (!existsSync(path)) throw new Error(`ONNX Runtime has no build for ${process.platform} ${process.arch}: ${path}`);
+  return path;
+}
+
+/** Loads the library, once. @throws Error where there is no build of it for this machine. */
+export function loadOrt(): void {
+  if (api) return;
+  library = koffi.load(libraryPath());
+  const base = library.func("void* OrtGetApiBase()")();
+  const getApi = koffi.decode(koffi.decode(base, "void*"), koffi.proto("void* GetApi(uint32_t)"));
+  const table = getApi(23);
+  api = Object.fromEntries(
+    Object.entries(functions).map(([name, [index, signature]]) => {
+      const pointer = koffi.decode(table, index * 8, "void*");
+      return [name, koffi.decode(pointer, koffi.proto(signature.replace(" f(", ` ${name}(`)))];
+    }),
+  ) as typeof api;
+  environment = create(api.CreateEnv, 3, "vispec");
+}

@@ -1,79 +1,20 @@
 /**
- * Memory, sessions and bindings on ONNX Runtime. The only file that knows its C API; knows nothing of models.
+ * Memory and sessions on ONNX Runtime, through its C API; knows nothing of models.
  * One code path for every provider: tensors live on the device ("device") or in memory that JavaScript sees ("host").
  */
 import { existsSync } from "node:fs";
-import { createRequire } from "node:module";
 import { availableParallelism } from "node:os";
 import { dirname, join } from "node:path";
 import koffi from "koffi";
 import { CheckpointError } from "../../shared/errors.ts";
 import { Cuda } from "../cuda/driver.ts";
 import { type CustomOp, customOp, type KernelApi } from "./custom-op.ts";
-import { functions } from "./ort-api.ts";
+import { api, check, create, environment, type Handle, libraryPath, loadOrt } from "./ort-api.ts";
+import { Binding, type Dims, DTYPES, type DType, Tensor } from "./tensor.ts";
 
 export type Device = "cpu" | "cuda" | "webgpu";
-export type DType = "f32" | "f16" | "bf16" | "u8" | "i8" | "i32" | "i64";
 /** Beyond these the passes of small models gain nothing. */
 const MOST_THREADS = 8;
-type Handle = bigint;
-type Dims = readonly number[];
-
-/** ONNXTensorElementDataType and bytes an element. */
-export const DTYPES: Record<DType, { onnx: number; bytes: number }> = {
-  f32: { onnx: 1, bytes: 4 },
-  u8: { onnx: 2, bytes: 1 },
-  i8: { onnx: 3, bytes: 1 },
-  i32: { onnx: 6, bytes: 4 },
-  i64: { onnx: 7, bytes: 8 },
-  f16: { onnx: 10, bytes: 2 },
-  bf16: { onnx: 16, bytes: 2 },
-};
-
-type Call = (...args: unknown[]) => unknown;
-// When the library object is collected, the library is unloaded and every later call jumps into nothing.
-let library: ReturnType<typeof koffi.load>;
-let api: Record<keyof typeof functions, Call>;
-let environment: Handle;
-
-function check(status: unknown): void {
-  if (!status) return;
-  const message = api.GetErrorMessage(status) as string;
-  api.ReleaseStatus(status);
-  throw new Error(`ONNX Runtime: ${message}`);
-}
-
-/** Calls a function whose last parameter receives a handle. */
-function create(f: Call, ...args: unknown[]): Handle {
-  const out: [Handle | null] = [null];
-  check(f(...args, out));
-  return out[0]!;
-}
-
-/** The shared library inside the installed onnxruntime-node. */
-function libraryPath(): string {
-  const root = dirname(createRequire(import.meta.url).resolve("onnxruntime-node/package.json"));
-  const folder = join(root, "bin", "napi-v6", process.platform, process.arch);
-  const names = { darwin: "libonnxruntime.1.dylib", win32: "onnxruntime.dll" } as Record<string, string>;
-  const path = join(folder, names[process.platform] ?? "libonnxruntime.so.1");
-  if (!existsSync(path)) throw new Error(`ONNX Runtime has no build for ${process.platform} ${process.arch}: ${path}`);
-  return path;
-}
-
-function load(): void {
-  if (api) return;
-  library = koffi.load(libraryPath());
-  const base = library.func("void* OrtGetApiBase()")();
-  const getApi = koffi.decode(koffi.decode(base, "void*"), koffi.proto("void* GetApi(uint32_t)"));
-  const table = getApi(23);
-  api = Object.fromEntries(
-    Object.entries(functions).map(([name, [index, signature]]) => {
-      const pointer = koffi.decode(table, index * 8, "void*");
-      return [name, koffi.decode(pointer, koffi.proto(signature.replace(" f(", ` ${name}(`)))];
-    }),
-  ) as typeof api;
-  environment = create(api.CreateEnv, 3, "vispec");
-}
 
 /** How operators of our own reach their tensors. */
 const kernelApi: KernelApi = {
@@ -84,8 +25,8 @@ const kernelApi: KernelApi = {
   output(context, index, dims) {
     return create(api.GetTensorMutableData, create(api.KernelContext_GetOutput, context, index, dims, dims.length));
   },
-  dims(context) {
-    const info = create(api.GetTensorTypeAndShape, create(api.KernelContext_GetInput, context, 0));
+  dims(context, index) {
+    const info = create(api.GetTensorTypeAndShape, create(api.KernelContext_GetInput, context, index));
     const dims = new BigInt64Array(2);
     check(api.GetDimensions(info, dims, 2));
     api.ReleaseTensorTypeAndShapeInfo(info);
@@ -124,7 +65,7 @@ export class Runtime {
   readonly #failure: { error: unknown } = { error: undefined };
 
   constructor(options: RuntimeOptions = {}) {
-    load();
+    loadOrt();
     this.device = options.device ?? "cpu";
     this.#threads = options.threads ?? Math.min(MOST_THREADS, availableParallelism());
     this.#hostInfo = create(api.CreateMemoryInfo, "Cpu", 0, 0, 0);
@@ -268,50 +209,6 @@ export class Runtime {
   }
 }
 
-/** A piece of memory; a binding gives it its shape. */
-export class Tensor implements Disposable {
-  readonly dtype: DType;
-  readonly elements: number;
-  readonly pointer: Handle;
-  readonly info: Handle;
-  readonly #free: () => void;
-  readonly #buffer: ArrayBuffer | undefined;
-  #alive = true;
-
-  constructor(dtype: DType, elements: number, pointer: Handle, info: Handle, free: () => void, buffer?: ArrayBuffer) {
-    this.dtype = dtype;
-    this.elements = elements;
-    this.pointer = pointer;
-    this.info = info;
-    this.#free = free;
-    this.#buffer = buffer;
-  }
-
-  #host(dtype: DType): ArrayBuffer {
-    if (!this.#alive) throw new Error("tensor was freed");
-    if (!this.#buffer) throw new Error("tensor is on the device");
-    if (dtype !== this.dtype) throw new Error(`tensor holds ${this.dtype}, not ${dtype}`);
-    return this.#buffer;
-  }
-
-  /** Views of host memory. Not to be kept beyond the tensor's life. */
-  get f32(): Float32Array<ArrayBuffer> {
-    return new Float32Array(this.#host("f32"), 0, this.elements);
-  }
-  get i32(): Int32Array<ArrayBuffer> {
-    return new Int32Array(this.#host("i32"), 0, this.elements);
-  }
-  get i64(): BigInt64Array<ArrayBuffer> {
-    return new BigInt64Array(this.#host("i64"), 0, this.elements);
-  }
-
-  [Symbol.dispose](): void {
-    if (!this.#alive) return;
-    this.#alive = false;
-    this.#free();
-  }
-}
-
 interface Does {
   run(session: Handle, binding: Handle): void;
   release(): unknown;
@@ -340,70 +237,5 @@ export class Session implements Disposable {
 
   [Symbol.dispose](): void {
     this.#does.release();
-  }
-}
-
-/** Inputs and outputs of a session's runs. What is bound stays bound, so a repeated pass is one call. */
-export class Binding implements Disposable {
-  readonly #run: (binding: Handle) => void;
-  readonly #handle: Handle;
-  /**
-   * What binds each input and output again before a run, on WebGPU: there binding a host input copies it, and a run
-   * replaces a bound output that another provider's kernel produced (a fallback to the CPU). On CUDA all that is bound lies
-   * on the device.
-   */
-  readonly #again: Map<string, () => void> | undefined;
-
-  constructor(run: (binding: Handle) => void, handle: Handle, rebinds: boolean) {
-    this.#run = run;
-    this.#handle = handle;
-    this.#again = rebinds ? new Map() : undefined;
-  }
-
-  /** Binds elements of `tensor` from `offset` on, shaped `dims`, as an input. */
-  input(name: string, tensor: Tensor, dims: Dims, offset = 0): this {
-    return this.#keep(`input ${name}`, () => this.#bind(api.BindInput, name, tensor, dims, offset));
-  }
-
-  /** Binds an output; the same memory may be an input too (a KV cache that grows in place). */
-  output(name: string, tensor: Tensor, dims: Dims, offset = 0): this {
-    return this.#keep(`output ${name}`, () => this.#bind(api.BindOutput, name, tensor, dims, offset));
-  }
-
-  #keep(key: string, bind: () => void): this {
-    if (this.#again) this.#again.set(key, bind);
-    else bind();
-    return this;
-  }
-
-  #bind(bind: Call, name: string, tensor: Tensor, dims: Dims, offset: number): void {
-    const elements = dims.reduce((a, b) => a * b, 1);
-    if (offset + elements > tensor.elements)
-      throw new Error(`${name}: [${dims}] from ${offset} does not fit ${tensor.elements} elements`);
-    const { onnx, bytes } = DTYPES[tensor.dtype];
-    const value = create(
-      api.CreateTensorWithDataAsOrtValue,
-      tensor.info,
-      tensor.pointer + BigInt(offset * bytes),
-      elements * bytes,
-      BigInt64Array.from(dims, BigInt),
-      dims.length,
-      onnx,
-    );
-    try {
-      check(bind(this.#handle, name, value));
-    } finally {
-      api.ReleaseValue(value); // the binding holds its own reference
-    }
-  }
-
-  /** Runs the graph; returns when every output is there, on CUDA when all of it is queued. */
-  run(): void {
-    if (this.#again) for (const bind of this.#again.values()) bind();
-    this.#run(this.#handle);
-  }
-
-  [Symbol.dispose](): void {
-    api.ReleaseIoBinding(this.#handle);
   }
 }

@@ -1,5 +1,5 @@
 /** A computation as plain data: values, nodes, weights. Knows nothing of ONNX's encoding or of what operators mean. */
-import { DTYPES, type DType } from "../engine/runtime.ts";
+import { DTYPES, type DType } from "../engine/tensor.ts";
 
 /** A size, or the name of one that a run decides. */
 export type Dim = number | string;
@@ -48,6 +48,8 @@ export interface GraphOptions {
   attention: "fused" | "split" | "own";
   /** Whether products with weights go through 8-bit integers: for drafts, which need not be exact. */
   int8: boolean;
+  /** Whether numbers of rows come again and again, so that products with bound weights are worth a search (cuda/products.ts). */
+  searched?: boolean;
 }
 
 /** How stored tensors become one input. */

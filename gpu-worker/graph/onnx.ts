@@ -1,6 +1,6 @@
 /** Writes a Graph as an ONNX model. Weights become external data that point into the checkpoint's own files. */
 import protobuf from "protobufjs";
-import { DTYPES } from "../engine/runtime.ts";
+import { DTYPES } from "../engine/tensor.ts";
 import type { Attribute, Graph, Node, Value } from "./graph.ts";
 
 /** The part of onnx.proto (IR version 10) that is written here: field name, number, type. */

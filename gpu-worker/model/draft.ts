@@ -5,7 +5,7 @@ import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
 import { Graph, type GraphOptions, type StoredTensor, type Value } from "../graph/graph.ts";
 import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
-import { gemm, int8MatMul, matMul } from "../ops/matmul.ts";
+import { boundProduct, gemm, int8MatMul, matMul } from "../ops/matmul.ts";
 import { concat, gather, pairRows, reshape, slice, topK, transpose } from "../ops/shape.ts";
 import { parseConfig } from "./config.ts";
 import type { FamilyConfig } from "./family.ts";
@@ -210,7 +210,7 @@ export function draftGraph(
     ? pairRows(g, keep, g.bind([table]), ids, hidden, hiddenRows)
     : mul(g, concat(g, [embedding(g, table, ids), gather(g, hidden, hiddenRows)], 1), keep);
   const fused = g.binds
-    ? add(g, matMul(g, kept, g.input("folded", g.dtype, [2 * d, d])), rowBias)
+    ? add(g, boundProduct(g, kept, g.input("folded", g.dtype, [2 * d, d])), rowBias)
     : options.int8
       ? add(g, int8MatMul(g, kept, transpose(g, folded(g, c, w), [1, 0])), rowBias)
       : gemm(g, kept, folded(g, c, w), rowBias);
@@ -223,7 +223,7 @@ export function draftGraph(
   g.output("out", out);
   const wanted = gather(g, out, logitRows);
   if (g.binds) {
-    g.output("logits", matMul(g, wanted, g.bind([head], { turned: true, picked: vocabulary })));
+    g.output("logits", boundProduct(g, wanted, g.bind([head], { turned: true, picked: vocabulary })));
     return g;
   }
   const [logProbs, tokens] = topK(g, logSoftmax(g, linear(g, wanted, [head])), g.input("k", "i64", [1]));

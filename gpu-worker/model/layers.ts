@@ -2,7 +2,7 @@
 import type { Dim, Graph, StoredTensor, Value } from "../graph/graph.ts";
 import { type CacheInputs, groupQueryAttention, type OwnCacheInputs, ownAttention } from "../ops/attention.ts";
 import { add, cast, gatedSilu, mul, silu } from "../ops/elementwise.ts";
-import { int8MatMul, matMul, matMulNBits } from "../ops/matmul.ts";
+import { boundProduct, int8MatMul, matMul, matMulNBits } from "../ops/matmul.ts";
 import { addRmsNorm } from "../ops/norm.ts";
 import { concat, gather, transpose } from "../ops/shape.ts";
 import type { TensorSource } from "./weights.ts";
@@ -55,7 +55,7 @@ export function linear(g: Graph, x: Value, weights: Matrix[], biases: StoredTens
   const y = weights.every((m) => "packed" in m)
     ? quantizedProduct(g, x, weights)
     : g.binds
-      ? matMul(g, x, g.bind(weights as StoredTensor[], { turned: true }))
+      ? boundProduct(g, x, g.bind(weights as StoredTensor[], { turned: true }))
       : product(g, x, side(weights as StoredTensor[]));
   return biases.length ? add(g, y, side(biases)) : y;
 }

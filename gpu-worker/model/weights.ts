@@ -3,7 +3,7 @@ import { closeSync, existsSync, fstatSync, openSync, readFileSync, readSync } fr
 import { basename, join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
-import type { DType } from "../engine/runtime.ts";
+import type { DType } from "../engine/tensor.ts";
 import type { StoredTensor } from "../graph/graph.ts";
 import { parseConfig } from "./config.ts";
 import { headerBytes, PREFIX_BYTES, parseHeader, type TensorEntry } from "./safetensors.ts";

@@ -1,5 +1,5 @@
 /** Operations on each element: names are ONNX's. */
-import { DTYPES, type DType } from "../engine/runtime.ts";
+import { DTYPES, type DType } from "../engine/tensor.ts";
 import type { Dim, Graph, Value } from "../graph/graph.ts";
 import { CUSTOM_DOMAIN } from "../graph/onnx.ts";
 

@@ -3,7 +3,8 @@ import { closeSync, openSync, readSync } from "node:fs";
 import koffi from "koffi";
 import { toFloats } from "../../gpu-worker/checkpoint/convert.ts";
 import type { CustomOp } from "../../gpu-worker/engine/custom-op.ts";
-import { DTYPES, type FixedInput, type Runtime, type Tensor } from "../../gpu-worker/engine/runtime.ts";
+import type { FixedInput, Runtime } from "../../gpu-worker/engine/runtime.ts";
+import { DTYPES, type Tensor } from "../../gpu-worker/engine/tensor.ts";
 import type { BoundWeight, Graph, StoredTensor } from "../../gpu-worker/graph/graph.ts";
 import type { DecoderLayerConfig } from "../../gpu-worker/model/layers.ts";
 import { normName } from "../../gpu-worker/ops/norm.ts";
@@ -91,6 +92,19 @@ export const gatedSiluOp: CustomOp = {
     for (let i = 0; i < to.length; i++) {
       const at = Math.floor(i / inner) * columns + (i % inner);
       to[i] = (from[at] / (1 + Math.exp(-from[at]))) * from[at + inner];
+    }
+  },
+};
+
+export const linearOp: CustomOp = {
+  name: "Linear",
+  inputs: [F32, F32],
+  columns: (_inner, of) => of(1),
+  compute([x, w], [y], rows, inner, columns) {
+    const [from, weights, out] = [f32(x, rows * inner), f32(w, inner * columns), f32(y, rows * columns).fill(0)];
+    for (const [at, value] of from.entries()) {
+      const [row, k] = [Math.floor(at / inner), at % inner];
+      for (let c = 0; c < columns; c++) out[row * columns + c] += value * weights[k * columns + c];
     }
   },
 };

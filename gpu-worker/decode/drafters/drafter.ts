@@ -10,6 +10,8 @@ export interface Drafter<S extends Sequence = Sequence> {
 }
 
 export interface Drafting {
+  /** Trees come verified: what proposing one takes is counted as verification, since the two cannot be told apart. */
+  readonly verifies?: true;
   /** A tree rooted at the last token of the text; `fresh` is what the text gained since the last call. */
   propose(fresh: Fresh): Tree;
   /** Starts early on what `propose` will be asked for with the same `fresh`; logits of the tree before are gone then. */

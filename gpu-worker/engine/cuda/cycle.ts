@@ -3,7 +3,7 @@ import type { CapturedGraph } from "../../cuda/driver.ts";
 import { CycleBlock, type CycleStart } from "../../cuda/tree.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Tree } from "../../decode/tree.ts";
-import { type Binding, DTYPES } from "../runtime.ts";
+import { type Binding, DTYPES } from "../tensor.ts";
 import { FRESH_ROWS } from "./model.ts";
 import type { CudaSequence } from "./sequence.ts";
 

@@ -1,7 +1,7 @@
 /** ViSpec's draft model on the GPU: its cache, the adaptor's rows, and the bindings of its passes in a cycle. */
 import type { CycleBlock, DraftInputs } from "../../cuda/tree.ts";
 import type { Fresh } from "../../decode/target.ts";
-import { type Binding, DTYPES, type Tensor } from "../runtime.ts";
+import { type Binding, DTYPES, type Tensor } from "../tensor.ts";
 import { DeviceCache, Staging } from "./memory.ts";
 import { CHUNK, type CudaDraft, type CudaModel, FRESH_ROWS, MAX_TREE } from "./model.ts";
 import type { CudaSequence } from "./sequence.ts";
@@ -190,7 +190,7 @@ export class CudaDraftState implements Disposable {
     staging.send("control", 4);
     staging.send("last", 1);
     elementwise.gatherRows(this.#rowBias.pointer, table.pointer, staging.tensor("biasRow").pointer, n, width, dtype);
-    using binding = this.#draft.layer.binding();
+    using binding = this.#draft.prompt.binding();
     const at = (name: "ids" | "positions" | "masks" | "control") => staging.tensor(name).pointer;
     this.#cache.bind(binding, { ids: at("ids"), positions: at("positions"), masks: at("masks"), control: at("control") }, n); // biome-ignore format: one line
     binding.input("hidden", this.#sequence.hidden, [this.#sequence.hidden.elements / width, width]);

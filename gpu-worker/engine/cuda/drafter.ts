@@ -18,6 +18,7 @@ export interface Chooser {
 export const always = (shape?: TreeShape): Chooser => ({ choose: () => shape, learn() {} });
 
 class CudaDrafting implements Drafting {
+  readonly verifies = true;
   readonly #sequence: CudaSequence;
   readonly #chooser: Chooser;
   #shape: TreeShape | undefined;

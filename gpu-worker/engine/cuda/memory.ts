@@ -2,7 +2,8 @@
 import type { Pinned } from "../../cuda/driver.ts";
 import type { PassInputs } from "../../cuda/tree.ts";
 import type { CacheShape } from "../cache.ts";
-import { type Binding, DTYPES, type DType, type Runtime, type Tensor } from "../runtime.ts";
+import type { Runtime } from "../runtime.ts";
+import { type Binding, DTYPES, type DType, type Tensor } from "../tensor.ts";
 import { type CudaModel, put } from "./model.ts";
 
 /** Keys and values of every layer, [1,kvHeads,capacity,headSize] each, and the angles of every row. */

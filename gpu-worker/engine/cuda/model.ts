@@ -3,22 +3,21 @@ import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../../shared/errors.ts";
-import { Attention } from "../../cuda/attention.ts";
 import type { Cuda } from "../../cuda/driver.ts";
 import { Elementwise, type Float } from "../../cuda/elementwise.ts";
+import { Products } from "../../cuda/products.ts";
 import { TreeKernels } from "../../cuda/tree.ts";
-import type { Graph } from "../../graph/graph.ts";
+import type { Graph, GraphOptions } from "../../graph/graph.ts";
 import { CUSTOM_DOMAIN, encodeOnnx } from "../../graph/onnx.ts";
 import { parseConfig } from "../../model/config.ts";
 import { adaptorGraph, DRAFT_ATTENTION, draftBiasGraph, draftGraph, foldGraph } from "../../model/draft.ts";
 import { headWeight, languageGraph, TARGET_ATTENTION } from "../../model/language.ts";
-import type { DecoderLayerConfig } from "../../model/layers.ts";
 import { type Checkpoint, describe, type ModelFiles } from "../../model/model.ts";
 import { frequencies, ropeTable } from "../../model/rope.ts";
-import { normName } from "../../ops/norm.ts";
-import type { CustomOp } from "../custom-op.ts";
 import type { Seeing } from "../images.ts";
-import { DTYPES, type FixedInput, type Runtime, type Session, type Tensor } from "../runtime.ts";
+import type { FixedInput, Runtime, Session } from "../runtime.ts";
+import { DTYPES, type Tensor } from "../tensor.ts";
+import { addRmsNormOp, attentionOp, gatedSiluOp, linearOp, pairRowsOp } from "./operators.ts";
 import { CudaPassage } from "./passage.ts";
 import { DeviceWeights } from "./weights.ts";
 
@@ -34,6 +33,8 @@ const DRAFT_VOCABULARY = 32_768;
 
 export interface CudaDraft {
   config: NonNullable<Checkpoint["draft"]>["config"];
+  /** Over a prompt's rows, and over those of a cycle. */
+  prompt: Session;
   layer: Session;
   bias: Session;
   adaptor: Session;
@@ -52,7 +53,7 @@ export interface CudaModel extends ModelFiles, Seeing, Disposable {
   weights: DeviceWeights;
   /** Over prompts, pictures in them, with the logits of some rows. */
   prefill: Session;
-  /** Over text, with the logits of every row. */
+  /** Over a tree, with the logits of every node. */
   text: Session;
   draft: CudaDraft | undefined;
   /** Rows of every cache. */
@@ -83,12 +84,14 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const graphOptions = { dtype, attention: "own" as const, int8: false };
   const elementwise = new Elementwise(cuda);
   const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, capacity), gatedSiluOp(elementwise, dtype)];
-  ops.push(addRmsNormOp(elementwise, normName(language.epsilon), dtype, language.epsilon));
+  ops.push(addRmsNormOp(elementwise, dtype, language.epsilon));
+  ops.push(linearOp(new Products(cuda, elementwise, dtype), dtype));
+  const cycleOptions = { ...graphOptions, searched: true };
   if (drafting) {
     const { epsilon, hidden } = drafting.config;
     ops.push(pairRowsOp(elementwise, dtype, hidden));
     ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, capacity + MAX_TREE));
-    if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, normName(epsilon), dtype, epsilon));
+    if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, dtype, epsilon));
   }
   runtime.addCustomOps(CUSTOM_DOMAIN, ops);
   const weights = new DeviceWeights(runtime, cuda, elementwise);
@@ -110,9 +113,11 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     using fold = session(foldGraph(d.config, d.weights, graphOptions));
     using binding = fold.binding();
     binding.output(fixed.name, folded, fixed.dims).run();
+    const layer = (o: GraphOptions) => draftGraph(d.config, d.weights, head, o, tokens);
     return {
       config: d.config,
-      layer: pass("draft", draftGraph(d.config, d.weights, head, graphOptions, tokens), [fixed]),
+      prompt: session(layer(graphOptions), [fixed]),
+      layer: pass("draft", layer(cycleOptions), [fixed]),
       bias: session(draftBiasGraph(d.config, d.weights, graphOptions)),
       adaptor: session(adaptorGraph(d.config, d.weights, graphOptions)),
       vocabulary: tokens?.length ?? language.vocabulary,
@@ -127,12 +132,12 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     trees: new TreeKernels(cuda, dtype),
     vision: session(family.visionGraph(source, graphOptions)),
     prefill: session(languageGraph(language, source, graphOptions, names)),
-    text: pass("target", languageGraph(language, source, graphOptions, names, false)),
+    text: pass("target", languageGraph(language, source, cycleOptions, names, false)),
     draft: drafting && load(drafting),
   };
   weights.done();
   const { draft, vision, prefill, text, passage } = model;
-  const sessions = [vision, prefill, text, draft?.layer, draft?.bias, draft?.adaptor];
+  const sessions = [vision, prefill, text, draft?.prompt, draft?.layer, draft?.bias, draft?.adaptor];
   return {
     ...model,
     [Symbol.dispose]: () => {
@@ -186,60 +191,4 @@ function readList(file: string): unknown {
   } catch (error) {
     throw new CheckpointError(`${file}: ${(error as Error).message}`, { cause: error });
   }
-}
-
-function attentionOp(
-  cuda: Cuda,
-  name: string,
-  { heads, kvHeads, headSize }: DecoderLayerConfig,
-  dtype: Float,
-  capacity: number,
-): CustomOp {
-  const attention = new Attention(cuda, { dtype, heads, kvHeads, headSize });
-  const float = DTYPES[dtype].onnx;
-  const [f32, i32] = [DTYPES.f32.onnx, DTYPES.i32.onnx];
-  return {
-    name,
-    inputs: [float, float, float, float, f32, f32, i32, i32, i32],
-    optional: 1,
-    columns: () => heads * headSize,
-    compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], tokens) {
-      attention.launch({ qkv, bias, key, value, capacity, cos, sin, positions, mask, control, out }, tokens);
-    },
-  };
-}
-
-function gatedSiluOp(elementwise: Elementwise, dtype: Float): CustomOp {
-  return {
-    name: "GatedSilu",
-    inputs: [DTYPES[dtype].onnx],
-    columns: (columns) => columns / 2,
-    compute: ([x], [out], rows, columns) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
-  };
-}
-
-function pairRowsOp(elementwise: Elementwise, dtype: Float, width: number): CustomOp {
-  const [float, i64] = [DTYPES[dtype].onnx, DTYPES.i64.onnx];
-  return {
-    name: "PairRows",
-    inputs: [float, float, i64, float, i64],
-    columns: () => 2 * width,
-    compute([keep, table, ids, hidden, hiddenRows], [out], rows) {
-      elementwise.pairRows(out, { keep, table, ids, hidden, hiddenRows }, rows, width, dtype);
-    },
-  };
-}
-
-function addRmsNormOp(elementwise: Elementwise, name: string, dtype: Float, epsilon: number): CustomOp {
-  const float = DTYPES[dtype].onnx;
-  return {
-    name,
-    inputs: [float, float, float],
-    optional: 1,
-    outputs: 2,
-    columns: (columns) => columns,
-    compute([x, residual, weight], [norm, sum], rows, columns) {
-      elementwise.addRmsNorm({ norm, sum }, { x, residual, weight }, rows, columns, epsilon, dtype);
-    },
-  };
 }

@@ -3,8 +3,9 @@ import type { Pinned } from "../../cuda/driver.ts";
 import type { Elementwise, Float } from "../../cuda/elementwise.ts";
 import type { InputData } from "../../model/family.ts";
 import type { Passage } from "../images.ts";
-import { DTYPES, type DType, type Runtime, type Tensor } from "../runtime.ts";
+import type { Runtime } from "../runtime.ts";
 import type { ImageData } from "../target.ts";
+import { DTYPES, type DType, type Tensor } from "../tensor.ts";
 
 /** Where each piece of device memory begins: a multiple of this many bytes. */
 const ALIGNMENT = 256;

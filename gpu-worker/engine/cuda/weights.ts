@@ -4,7 +4,8 @@ import { CheckpointError } from "../../../shared/errors.ts";
 import type { Cuda, Pinned } from "../../cuda/driver.ts";
 import type { Elementwise, Float } from "../../cuda/elementwise.ts";
 import type { BoundWeight, Graph, StoredTensor } from "../../graph/graph.ts";
-import { DTYPES, type FixedInput, type Runtime, type Tensor } from "../runtime.ts";
+import type { FixedInput, Runtime } from "../runtime.ts";
+import { DTYPES, type Tensor } from "../tensor.ts";
 
 /** Bytes on their way at a time. */
 const PIECE = 64 << 20;

@@ -1,0 +1,75 @@
+/** Operators of our own in CUDA's graphs: each queues a kernel of cuda/. */
+import { Attention } from "../../cuda/attention.ts";
+import type { Cuda } from "../../cuda/driver.ts";
+import type { Elementwise, Float } from "../../cuda/elementwise.ts";
+import type { Products } from "../../cuda/products.ts";
+import type { DecoderLayerConfig } from "../../model/layers.ts";
+import { normName } from "../../ops/norm.ts";
+import type { CustomOp } from "../custom-op.ts";
+import { DTYPES } from "../tensor.ts";
+
+export function attentionOp(
+  cuda: Cuda,
+  name: string,
+  { heads, kvHeads, headSize }: DecoderLayerConfig,
+  dtype: Float,
+  capacity: number,
+): CustomOp {
+  const attention = new Attention(cuda, { dtype, heads, kvHeads, headSize });
+  const float = DTYPES[dtype].onnx;
+  const [f32, i32] = [DTYPES.f32.onnx, DTYPES.i32.onnx];
+  return {
+    name,
+    inputs: [float, float, float, float, f32, f32, i32, i32, i32],
+    optional: 1,
+    columns: () => heads * headSize,
+    compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], tokens) {
+      attention.launch({ qkv, bias, key, value, capacity, cos, sin, positions, mask, control, out }, tokens);
+    },
+  };
+}
+
+export function gatedSiluOp(elementwise: Elementwise, dtype: Float): CustomOp {
+  return {
+    name: "GatedSilu",
+    inputs: [DTYPES[dtype].onnx],
+    columns: (columns) => columns / 2,
+    compute: ([x], [out], rows, columns) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
+  };
+}
+
+export function pairRowsOp(elementwise: Elementwise, dtype: Float, width: number): CustomOp {
+  const [float, i64] = [DTYPES[dtype].onnx, DTYPES.i64.onnx];
+  return {
+    name: "PairRows",
+    inputs: [float, float, i64, float, i64],
+    columns: () => 2 * width,
+    compute([keep, table, ids, hidden, hiddenRows], [out], rows) {
+      elementwise.pairRows(out, { keep, table, ids, hidden, hiddenRows }, rows, width, dtype);
+    },
+  };
+}
+
+export function addRmsNormOp(elementwise: Elementwise, dtype: Float, epsilon: number): CustomOp {
+  const float = DTYPES[dtype].onnx;
+  return {
+    name: normName(epsilon),
+    inputs: [float, float, float],
+    optional: 1,
+    outputs: 2,
+    columns: (columns) => columns,
+    compute([x, residual, weight], [norm, sum], rows, columns) {
+      elementwise.addRmsNorm({ norm, sum }, { x, residual, weight }, rows, columns, epsilon, dtype);
+    },
+  };
+}
+
+export function linearOp(products: Products, dtype: Float): CustomOp {
+  const float = DTYPES[dtype].onnx;
+  return {
+    name: "Linear",
+    inputs: [float, float],
+    columns: (_inner, of) => of(1),
+    compute: ([x, w], [y], rows, inner, columns) => products.launch(y, x, w, { rows, inner, columns }),
+  };
+}
