@@ -49,7 +49,7 @@ function serve(engine: LocalEngine): void {
       void answer(call, engine.putImage(put, bytes, limits), { image: put });
     }
   });
-  send({ ready: engine.info });
+  send({ ready: engine.info, concurrency: engine.concurrency });
 }
 
 // The parent decides when to end; a signal may reach the whole process group, and running streams may end first.

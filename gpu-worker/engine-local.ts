@@ -1,5 +1,5 @@
 /** The engine in this process: model, images, drafter. The child process runs it, and so does the command line. */
-import { existsSync } from "node:fs";
+import { existsSync, readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { ApiError, CheckpointError } from "../shared/errors.ts";
 import type { GenerateRequest, ModelInfo, PixelLimits, Sampling } from "../shared/protocol.ts";
@@ -11,10 +11,15 @@ import { AdaptivePlan, type Costs, Experience, fixedPlan, type TreeShape } from 
 import { vispecDrafter } from "./decode/drafters/vispec.ts";
 import { generate } from "./decode/generate.ts";
 import { Grammars } from "./decode/grammar/grammar.ts";
+import { KvPool } from "./decode/pool.ts";
 import { Sampler } from "./decode/sample.ts";
 import type { TargetModel } from "./decode/target.ts";
+import { Turns } from "./decode/turns.ts";
+import type { CacheShape } from "./engine/cache.ts";
+import type { Context } from "./engine/context.ts";
 import { measureCosts } from "./engine/costs.ts";
 import { encodePicture, type ImageRows, ImageStore, type Seeing } from "./engine/images.ts";
+import { PrefixCache } from "./engine/prefix-cache.ts";
 import { type Device, Runtime } from "./engine/runtime.ts";
 import { Target } from "./engine/target.ts";
 import type { Engine, Step } from "./engine.ts";
@@ -33,6 +38,12 @@ export interface EngineOptions {
   device?: Device;
   /** Threads of a pass on the CPU. */
   threads?: number;
+  /** How many requests are decoded at once, on the CPU; by default 8 where the model's weights are small, else 1. */
+  concurrency?: number;
+  /** Most bytes of keys and values of what is decoded at once, on the CPU; unbounded by default. */
+  kvBytes?: number;
+  /** Most bytes of rows that are kept for prompts which begin alike; 0: none. 512 MiB by default, 4 GiB on CUDA. */
+  prefixBytes?: number;
   /** Prompt and answer together have at most so many tokens; by default, and at most, what the model was made for. */
   context?: number;
   /** What is computed in on CUDA; by default what the checkpoint is stored in. The CPU computes in f32. */
@@ -49,6 +60,14 @@ const GREEDY: Sampling = {
   ...{ repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] },
 };
 
+/** Bytes of weights below which every size of a batch may have its own copy of them. */
+const SMALL = 1e9;
+
+function concurrencyFor(folder: string): number {
+  const files = readdirSync(folder).filter((name) => name.endsWith(".safetensors"));
+  return files.reduce((sum, name) => sum + statSync(join(folder, name)).size, 0) < SMALL ? 8 : 1;
+}
+
 /** What is made anew for every kind of device. */
 export interface Parts {
   model: ModelFiles & Seeing;
@@ -57,9 +76,17 @@ export interface Parts {
   plain: Drafter;
   /** What passes cost, where trees are chosen by it. */
   costs?: Costs;
+  /** How many sequences are decoded at once, where it may be several. */
+  concurrency?: number;
   /** Forgets what was learned of how drafts fare. */
   forget(): void;
   close(): void;
+}
+
+/** Of keys and values in float32, the draft's layer included. */
+function bytesARow({ config: { language }, draft }: Model): number {
+  const of = (layers: number, { kvHeads, headSize }: CacheShape) => 2 * layers * kvHeads * headSize * 4;
+  return of(language.layers, language) + (draft ? of(1, { ...draft.config, layers: 1 }) : 0);
 }
 
 function onHost(runtime: Runtime, options: EngineOptions, draft: string | undefined): Parts {
@@ -69,15 +96,19 @@ function onHost(runtime: Runtime, options: EngineOptions, draft: string | undefi
     int8Draft: shape === undefined && runtime.unified,
     context,
   });
-  const target = new Target(runtime, model);
+  const prefixes = runtime.unified ? new PrefixCache(options.prefixBytes ?? 512 << 20) : undefined;
+  const concurrency = runtime.unified ? (options.concurrency ?? concurrencyFor(options.model)) : 1;
+  const target = new Target(runtime, model, concurrency, prefixes);
+  if (options.kvBytes !== undefined) target.pool = new KvPool(Math.floor(options.kvBytes / bytesARow(model)));
   const costs = draft === undefined || shape ? undefined : measureCosts(runtime, model, target);
   let experience = new Experience();
-  const planner = () => (costs ? new AdaptivePlan(costs, experience) : fixedPlan(shape!));
+  const planner = (context?: Context) =>
+    costs ? new AdaptivePlan(costs, experience, context && (() => target.load(context))) : fixedPlan(shape!);
   const drafter = draft === undefined ? noDrafter : vispecDrafter(runtime, model, planner);
   const { language, mover, vision } = model;
   const sessions = [language, mover, vision, model.draft?.layer, model.draft?.bias, model.draft?.adaptor];
   return {
-    ...{ model, target, drafter: drafter as Drafter, plain: noDrafter, costs },
+    ...{ model, target, drafter: drafter as Drafter, plain: noDrafter, costs, concurrency },
     forget: () => {
       experience = new Experience();
     },
@@ -98,7 +129,7 @@ export class LocalEngine implements Engine {
   readonly drafter: Drafter;
   readonly #parts: Parts;
   readonly #images: ImageStore;
-  #turn: Promise<void> = Promise.resolve();
+  readonly #turns = new Turns();
 
   /** Loads the checkpoint; CheckpointError says what does not fit. */
   constructor(options: EngineOptions) {
@@ -137,6 +168,9 @@ export class LocalEngine implements Engine {
   /** What it is made of, whatever the device. */
   get parts(): Parts {
     return this.#parts;
+  }
+  get concurrency(): number {
+    return this.#parts.concurrency ?? 1;
   }
   get costs(): Costs | undefined {
     return this.#parts.costs;
@@ -185,21 +219,9 @@ export class LocalEngine implements Engine {
       if (!image) throw new ApiError(409, `image ${i} is not held any more; try again`, { code: "image_missing" });
       return image;
     });
-    if (this.runtime.cuda) yield* this.#inTurn(() => generate(this, request, held, signal));
-    else yield* generate(this, request, held, signal);
-  }
-
-  /** On a GPU one sequence has memory: one that was aborted may not have given it back when the next request comes. */
-  async *#inTurn(steps: () => AsyncGenerator<Step>): AsyncGenerator<Step> {
-    const { promise, resolve } = Promise.withResolvers<void>();
-    const before = this.#turn;
-    this.#turn = promise;
-    await before;
-    try {
-      yield* steps();
-    } finally {
-      resolve();
-    }
+    // On a GPU one sequence has memory: one that was aborted may not have given it back when the next request comes.
+    using _turn = this.runtime.cuda ? await this.#turns.take(signal) : undefined;
+    yield* generate(this, request, held, signal);
   }
 
   async close(): Promise<void> {

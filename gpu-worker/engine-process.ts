@@ -22,7 +22,7 @@ type Question =
 export type ToEngine = { ping: true } | ({ call: number } & (Question | { abort: true }));
 
 export type FromEngine =
-  | { ready: ModelInfo }
+  | { ready: ModelInfo; concurrency: number }
   | { failed: string; checkpoint: boolean }
   | { pong: true }
   | { call: number; step: Step }
@@ -30,6 +30,7 @@ export type FromEngine =
   | { call: number; error: { status: number; message: string; code: string | null; param: string | null } };
 
 type Answer = Extract<FromEngine, { call: number }>;
+type Ready = Extract<FromEngine, { ready: ModelInfo }>;
 
 export interface WatchOptions {
   /** Milliseconds without any message after which the process counts as hanging. A pass may take seconds. */
@@ -47,8 +48,8 @@ const LONGEST_WAIT = 30_000;
 export async function startEngine(options: EngineOptions, watch: WatchOptions = {}): Promise<EngineProcess> {
   const begun = performance.now();
   const child = launch(options);
-  const info = await loaded(child);
-  return new EngineProcess(options, watch, child, info, performance.now() - begun);
+  const ready = await loaded(child);
+  return new EngineProcess(options, watch, child, ready, performance.now() - begun);
 }
 
 function launch(options: EngineOptions): ChildProcess {
@@ -60,14 +61,14 @@ function launch(options: EngineOptions): ChildProcess {
 }
 
 /** Waits for the model to be loaded; a process that cannot load it is ended. */
-async function loaded(child: ChildProcess): Promise<ModelInfo> {
-  const { promise, resolve, reject } = Promise.withResolvers<ModelInfo>();
+async function loaded(child: ChildProcess): Promise<Ready> {
+  const { promise, resolve, reject } = Promise.withResolvers<Ready>();
   const exit = (code: number | null, signal: string | null) =>
     reject(new Error(`the engine ended while loading (${signal ?? code})`));
   child.once("exit", exit);
   child.once("error", reject);
   child.once("message", (message: FromEngine) => {
-    if ("ready" in message) return resolve(message.ready);
+    if ("ready" in message) return resolve(message);
     child.kill("SIGKILL");
     const { failed, checkpoint } = message as Extract<FromEngine, { failed: string }>;
     reject(checkpoint ? new CheckpointError(failed) : new Error(failed));
@@ -79,6 +80,7 @@ export class EngineProcess implements Engine {
   info: ModelInfo;
   /** How often the process was started again, or is to be. */
   restarts = 0;
+  readonly concurrency: number;
   readonly #options: EngineOptions;
   readonly #hangTimeout: number;
   /** Milliseconds that loading may take when the process is started again. */
@@ -95,13 +97,14 @@ export class EngineProcess implements Engine {
   readonly #closing = new AbortController();
 
   /** `loadMs`: what loading took the first time. */
-  constructor(options: EngineOptions, watch: WatchOptions, child: ChildProcess, info: ModelInfo, loadMs: number) {
-    this.#options = options;
+  constructor(options: EngineOptions, watch: WatchOptions, child: ChildProcess, first: Ready, loadMs: number) {
+    this.concurrency = first.concurrency;
+    this.#options = { ...options, concurrency: first.concurrency }; // later processes keep to what the queue was made for
     this.#hangTimeout = watch.hangTimeout ?? 60_000;
     this.#loadTimeout = Math.max(this.#hangTimeout, 10 * loadMs);
     this.#log = watch.log ?? (() => {});
     this.#child = child;
-    this.info = info;
+    this.info = first.ready;
     this.#serve(child);
   }
 
@@ -152,7 +155,7 @@ export class EngineProcess implements Engine {
       this.#child = child;
       const late = setTimeout(() => child.kill("SIGKILL"), this.#loadTimeout);
       try {
-        const info = await loaded(child).finally(() => clearTimeout(late));
+        const { ready: info } = await loaded(child).finally(() => clearTimeout(late));
         if (!isDeepStrictEqual(info, this.info)) this.info = info;
         this.#log("info", "the engine serves again", { pid: child.pid });
         return this.#serve(child);

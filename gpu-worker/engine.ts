@@ -29,6 +29,8 @@ export interface Step {
 export interface Finish {
   reason: FinishReason;
   promptTokens: number;
+  /** Prompt tokens that were known from earlier requests. */
+  cachedTokens: number;
   completionTokens: number;
   /** Prompt tokens that stand for images. */
   imageTokens: number;
@@ -54,6 +56,8 @@ export interface Engine {
   readonly ready: boolean;
   /** How often that was. */
   readonly restarts: number;
+  /** How many requests are to run at once. */
+  readonly concurrency: number;
   /** Those of the images (see imageKey) that the engine does not hold. */
   missingImages(keys: string[]): Promise<string[]>;
   /** Decodes, checks, resizes and keeps an image; throws ApiError 400 for one that cannot be read or has too many tokens. */

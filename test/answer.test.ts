@@ -23,7 +23,7 @@ const identity = { created: CREATED, model: "tiny", service_tier: "default", id:
 
 function finish(reason: Finish["reason"], numbers: Partial<Finish> = {}): Finish {
   const timings = { prefill: 1, draft: 1, verify: 1, total: 3 };
-  const counts = { promptTokens: 10, imageTokens: 4, completionTokens: 3, cycles: 2, acceptedPerCycle: [1, 0], drafted: 5 }; // biome-ignore format: one line
+  const counts = { promptTokens: 10, cachedTokens: 7, imageTokens: 4, completionTokens: 3, cycles: 2, acceptedPerCycle: [1, 0], drafted: 5 }; // biome-ignore format: one line
   return { reason, ...counts, timings, ...numbers };
 }
 
@@ -61,7 +61,7 @@ const usage = {
   prompt_tokens: 10,
   completion_tokens: 3,
   total_tokens: 13,
-  prompt_tokens_details: { cached_tokens: 0, image_tokens: 4 },
+  prompt_tokens_details: { cached_tokens: 7, image_tokens: 4 },
   completion_tokens_details: { accepted_prediction_tokens: 1, rejected_prediction_tokens: 4 },
 };
 

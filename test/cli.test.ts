@@ -32,6 +32,7 @@ describe("--json", () => {
       finishReason: "stop",
       usage: {
         promptTokens: described.input_ids.length,
+        cachedTokens: 0,
         imageTokens: described.image_tokens,
         completionTokens: described.output_ids.length,
       },
@@ -182,6 +183,10 @@ describe("the command line", () => {
     [["generate", "--prompt", "Hi", "--device", "cuda", "--draft-vocab", "5"], /--draft-vocab is 5; .* at least 64/],
     [["generate", "--prompt", "Hi", "--device", "cuda", "--depth", "9"], /--depth is 9; it must be .* from 0 to 8/],
     [["serve", "--port", "70000"], /--port is 70000/],
+    [["serve", "--concurrency", "17"], /--concurrency is 17; it must be a whole number from 1 to 16/],
+    [["start", "--concurrency", "2", "--device", "cuda"], /--concurrency is 2; .* not yet for cuda/],
+    [["bench", "--concurrency", "1,2", "--device", "webgpu"], /--concurrency is 2; .* not yet for webgpu/],
+    [["bench", "--arrival", "poisson:0"], /--arrival is poisson:0; it must be closed, or poisson:RATE/],
     [["serve", "--deadline", "0"], /--deadline is 0/],
     [["serve", "--drain", "soon"], /--drain is soon/],
     [["serve", "--max-waiting", "-1"], /'--max-waiting' argument is ambiguous/],

@@ -72,6 +72,14 @@ test("as many run at once as the queue allows", async () => {
   expect([order, queue.running, queue.waiting]).toEqual([["a1", "a2", "a3"], 2, 0]);
 });
 
+test("of several turns a lane's flood gives up the second that is free", async () => {
+  const { order, ask, next } = scene(new FairQueue({ running: 2 }));
+  for (const name of ["a1", "a2", "a3", "a4", "a5", "a6", "b1", "b2", "c1"]) ask(name[0], name);
+  await settle();
+  for (let i = 0; i < 9; i++) await next();
+  expect(order).toEqual(["a1", "a2", "a3", "b1", "c1", "a4", "b2", "a5", "a6"]);
+});
+
 test("an abort leaves the queue at once and keeps the others' places", async () => {
   const queue = new FairQueue();
   const { order, ask, next } = scene(queue);

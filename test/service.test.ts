@@ -1,8 +1,10 @@
 /** The GPU worker as a service: who may ask it what, queue, deadline, drain, metrics, log; and what it does in faults. */
 import { createHash } from "node:crypto";
 import { once } from "node:events";
+import { truncateSync, writeFileSync } from "node:fs";
 import { createServer, type ServerResponse } from "node:http";
 import { type AddressInfo, connect } from "node:net";
+import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { isDeepStrictEqual } from "node:util";
 import { afterEach, describe, expect, test } from "vitest";
@@ -48,8 +50,10 @@ class Scene implements AsyncDisposable {
   readonly lines: Line[] = [];
   server!: RunningServer;
 
-  static async start(options: Partial<ServerOptions> = {}): Promise<Scene> {
+  /** `concurrency`: how many turns there are at once. */
+  static async start(options: Partial<ServerOptions> = {}, concurrency = 1): Promise<Scene> {
     const scene = new Scene();
+    scene.engine.concurrency = concurrency;
     const log: ServerOptions["log"] = (level, msg, fields) => scene.lines.push({ level, msg, ...fields });
     const all = { port: 0, host: "127.0.0.1", secret: SECRET, log, ...options };
     scene.server = await startServer(scene.engine, all);
@@ -391,6 +395,36 @@ describe("the queue", () => {
     await scene.counts(0, 0);
   });
 
+  test("has as many turns as the engine decodes requests at once, pictures' among them", async () => {
+    await using scene = await Scene.start({}, 2);
+    const { script, go } = gate(words(["first"]));
+    scene.engine.script = script;
+    const asked = [scene.generate(), scene.generate()];
+    await until(() => scene.engine.requests.length === 2);
+    const bytes = Uint8Array.of(1);
+    const hash = createHash("sha256").update(bytes).digest("hex");
+    asked.push(scene.generate(), scene.signed("PUT", imagePath({ ...alice, tenant: "bob" }, hash, limits), bytes));
+    await scene.counts(2, 2);
+    expect(await scene.metric("vllm:num_requests_running")).toEqual({ "": 2 });
+    expect([scene.engine.requests.length, scene.engine.puts]).toEqual([2, []]);
+    go();
+    expect((await Promise.all(asked)).map(({ status }) => status)).toEqual([200, 200, 200, 204]);
+  });
+
+  test("has eight turns where weights are small, and one where every copy of them counts", async () => {
+    using checkpoint = new Checkpoint();
+    const concurrency = async () => {
+      const engine = await startEngine({ model: checkpoint.folder, drafter: "none" });
+      await engine.close();
+      return engine.concurrency;
+    };
+    expect(await concurrency()).toBe(8);
+    const other = join(checkpoint.folder, "more.safetensors");
+    writeFileSync(other, "");
+    truncateSync(other, 1e9); // takes no room
+    expect(await concurrency()).toBe(1);
+  });
+
   test("lets interactive requests, and their pictures, go before those of the flex tier", async () => {
     await using scene = await Scene.start();
     const { script, go } = gate(words(["first"]));
@@ -645,7 +679,7 @@ describe("an engine that fails", () => {
     ["hangs", "SIGSTOP", 1500],
   ] as const)("and %s fails its own request only, and is replaced", async (_how, signal, hangTimeout) => {
     using checkpoint = new Checkpoint().endless();
-    await using stack = await startStack({ model: checkpoint.folder, hangTimeout });
+    await using stack = await startStack({ model: checkpoint.folder, hangTimeout, concurrency: 1 });
     const before = [await content(await ask(stack.url, text)), await content(await ask(stack.url, picture))];
     const running = await ask(stack.url, text, { stream: true });
     const queued = [ask(stack.url, text), ask(stack.url, picture), ask(stack.workerUrl, picture)];
@@ -670,7 +704,7 @@ describe("an engine that fails", () => {
     using checkpoint = new Checkpoint();
     const lines: Line[] = [];
     const log: ServerOptions["log"] = (level, msg, fields) => lines.push({ level, msg, ...fields });
-    const engine = await startEngine({ model: checkpoint.folder }, { log });
+    const engine = await startEngine({ model: checkpoint.folder, concurrency: 1 }, { log });
     const server = await startServer(engine, { port: 0, host: "127.0.0.1" });
     checkpoint.edit("config.json", '"model_type"', '"modeltype"');
     process.kill(engine.pid, "SIGKILL");

@@ -256,7 +256,7 @@ function printMemory(samples: Record<string, number[]>): string[] {
   });
 }
 
-const stack = spawn(process.execPath, ["gpu-worker/main.ts", "start"], {
+const stack = spawn(process.execPath, ["gpu-worker/main.ts", "start", "--prefix-cache", "16"], {
   cwd: ROOT,
   env: { ...process.env, PORT: "0", NODE_OPTIONS: "--max-semi-space-size=1" },
   stdio: ["ignore", "pipe", "pipe"],

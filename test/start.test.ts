@@ -73,7 +73,7 @@ test("npm start prints a curl command that answers as pasted, and ends on Ctrl-C
 
 test("SIGTERM lets the ten streams of npm start end whole, refuses new requests, and ends everything", async () => {
   using checkpoint = new Checkpoint().endless();
-  const npm = start("npm", ["start", "--", "--model", checkpoint.folder], { PORT: "0" });
+  const npm = start("npm", ["start", "--", "--concurrency", "1", "--model", checkpoint.folder], { PORT: "0" });
   running.push(npm);
   const [, url] = await npm.says(/answers at (http:\S+)\./);
   const worker = await workerOf(npm);

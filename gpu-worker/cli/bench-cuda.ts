@@ -12,7 +12,7 @@ import { PLAIN } from "../engine/cuda/cycle.ts";
 import { always, cudaDrafter } from "../engine/cuda/drafter.ts";
 import type { CudaModel } from "../engine/cuda/model.ts";
 import type { CudaTarget } from "../engine/cuda/target.ts";
-import { encodePicture } from "../engine/images.ts";
+import { encodePicture, type KeptImage } from "../engine/images.ts";
 import type { Prompt } from "../engine/target.ts";
 import { DTYPES } from "../engine/tensor.ts";
 import type { LocalEngine } from "../engine-local.ts";
@@ -155,28 +155,38 @@ async function speedOf(
   };
 }
 
-/** Milliseconds from a picture's bytes to the first token, by part; medians over pictures never seen before. */
+/**
+ * Milliseconds from a picture's bytes to the first token, by part, and to that of a second question about it; medians over
+ * pictures never seen before.
+ */
 async function firstTokenOf(engine: LocalEngine, target: CudaTarget, signal: AbortSignal) {
   const { model } = target;
-  const parts: Record<"decode" | "vision" | "prefill" | "total", number>[] = [];
+  const names = ["decode", "vision", "prefill", "total", "again"] as const;
+  const parts: Record<(typeof names)[number], number>[] = [];
+  const first = async (image: KeptImage, question: number) => {
+    const text = (token: number) => new Array<number>(32).fill(token);
+    const expanded = model.family.expandPrompt([...text(0), model.config.imageToken, ...text(question)], [image]);
+    const options = { samplers: [new Sampler(GREEDY)], maxTokens: 1, stopTokens: new Set<number>(), signal };
+    const prompt = { expanded, imageRows: [image.rows], shared: { tenant: "", images: [image] } };
+    let at = 0;
+    for await (const choice of decode(target, engine.plain as never, prompt, options))
+      for await (const _ of choice) at = performance.now();
+    return { at, tokens: expanded.tokens.length };
+  };
   let tokens = 0;
   for (let i = 0; i < 6; i++) {
     const bytes = await noise(i);
     const begun = performance.now();
     const picture = await decodeImage(bytes);
     const decoded = performance.now();
-    const image = encodePicture(engine.runtime, model, picture, PIXELS);
+    const image = { key: String(i), ...encodePicture(engine.runtime, model, picture, PIXELS) };
     const seen = performance.now();
-    const text = new Array<number>(32).fill(0);
-    const expanded = model.family.expandPrompt([...text, model.config.imageToken, ...text], [image]);
-    const options = { samplers: [new Sampler(GREEDY)], maxTokens: 1, stopTokens: new Set<number>(), signal };
-    const prompt = { expanded, imageRows: [image.rows] };
-    for await (const choice of decode(target, engine.plain as never, prompt, options)) for await (const _ of choice);
-    const end = performance.now();
-    tokens = expanded.tokens.length;
-    parts.push({ decode: decoded - begun, vision: seen - decoded, prefill: end - seen, total: end - begun });
+    const { at: end, tokens: length } = await first(image, 0);
+    tokens = length;
+    const asked = performance.now();
+    const again = (await first(image, 1)).at - asked;
+    parts.push({ decode: decoded - begun, vision: seen - decoded, prefill: end - seen, total: end - begun, again });
   }
-  const names = ["decode", "vision", "prefill", "total"] as const;
   return { tokens, ...Object.fromEntries(names.map((name) => [name, median(parts.slice(1).map((p) => p[name]))])) };
 }
 

@@ -3,8 +3,6 @@ import { createHash, randomBytes } from "node:crypto";
 import { existsSync, readFileSync } from "node:fs";
 import { cpus } from "node:os";
 import { basename, join } from "node:path";
-import { ChatModel, prepareChat } from "../../shared/chat.ts";
-import { type GenerateRequest, imageKey } from "../../shared/protocol.ts";
 import { planInflation, readShape } from "../checkpoint/inflate.ts";
 import { LIKE, likeShape } from "../checkpoint/inflate-shapes.ts";
 import { inCache } from "../cuda/cache-folder.ts";
@@ -16,6 +14,7 @@ import { startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
 import { benchCuda, printCuda } from "./bench-cuda.ts";
 import { benchEdge } from "./bench-edge.ts";
+import { benchLoad, dataUrls, LOAD_FLAGS, messages, type Question, questionsOf } from "./bench-load.ts";
 import { inflateCommand } from "./inflate.ts";
 import { engineOptions, type Flags, number, oneOf, parseFlags, UsageError } from "./options.ts";
 
@@ -23,17 +22,9 @@ export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR]
   --like inflates the model to that shape first, once, into a cache folder (see vispec inflate): small is for a CPU
 vispec bench --device cuda [--model DIR] [--draft DIR] [--dtype bf16|f16|f32] [--draft-vocab N] [--past N] [--accept MEAN,…] [--json]
   passes, prompts and answers beside what the memory allows; --accept forces means of accepted drafts, to study costs
+vispec bench --concurrency N,… [--arrival closed|poisson:RATE] [--requests N] [--plot FILE.svg] [--model DIR] … [--json]
+  that many requests at once, or RATE a second; times from arrival, tokens/s, goodput; --plot draws tokens/s and tree size
 vispec bench --edge [--rounds N] [--json]`;
-
-const ROOT = join(import.meta.dirname, "../../test/goldens/qwen/images");
-const PICTURES = ["00-describe-0.png", "01-describe-0.png", "02-describe-0.png", "03-describe-0.png", "23-odd-0.png"];
-const PROMPT = "Describe this image in detail.";
-
-const dataUrls = () => PICTURES.map((p) => `data:image/png;base64,${readFileSync(join(ROOT, p)).toString("base64")}`);
-const messages = (url: string) => [
-  { role: "user" as const, content: [imagePart(url), { type: "text" as const, text: PROMPT }] },
-];
-const imagePart = (url: string) => ({ type: "image_url" as const, image_url: { url } });
 
 interface Row {
   decoding: string;
@@ -71,7 +62,7 @@ class Contender {
   readonly engine: LocalEngine;
   readonly rows: Row[] = [];
   readonly #plain: boolean;
-  #requests: { request: GenerateRequest; images: string[] }[] = [];
+  #questions: Question[] = [];
 
   constructor(name: string, engine: LocalEngine, plain = false) {
     this.name = name;
@@ -80,22 +71,14 @@ class Contender {
   }
 
   async prepare(): Promise<void> {
-    const model = new ChatModel(this.engine.info);
-    const asker = { id: "bench", tenant: "" };
-    for (const url of dataUrls()) {
-      const chat = { messages: messages(url), temperature: 0, max_tokens: 256 };
-      const { request, images } = await prepareChat(chat, model, asker);
-      const [{ hash, limits }] = request.images;
-      const key = imageKey(request.tenant, hash!, limits);
-      await this.engine.putImage(key, images.get(hash!)!.bytes, limits);
-      this.#requests.push({ request: { ...request, plain: this.#plain }, images: [key] });
-    }
+    this.#questions = await questionsOf(this.engine);
   }
 
   async round(signal: AbortSignal): Promise<void> {
     const all: Finish[] = [];
-    for (const { request, images } of this.#requests)
-      for await (const step of this.engine.generate(request, images, signal)) if (step.finish) all.push(step.finish);
+    for (const { request, images } of this.#questions)
+      for await (const step of this.engine.generate({ ...request, plain: this.#plain }, images, signal))
+        if (step.finish) all.push(step.finish);
     this.rows.push(summarize(this.name, all));
   }
 
@@ -248,6 +231,7 @@ export async function benchCommand(args: string[], signal: AbortSignal): Promise
     "draft-vocab",
     "past",
     "accept",
+    ...LOAD_FLAGS,
   ];
   const flags = parseFlags(args, values, [], ["json", "edge"]);
   if (flags.edge) {
@@ -256,11 +240,14 @@ export async function benchCommand(args: string[], signal: AbortSignal): Promise
   }
   const like = flags.like as string | undefined;
   const rounds = number(flags, "rounds", { min: 2, max: 1000 }) ?? (like ? 3 : 8);
-  const options = engineOptions(flags);
+  const all = String(flags.concurrency ?? 1).split(",").map((concurrency) => engineOptions({ ...flags, concurrency })); // biome-ignore format: one chain
+  const options = { ...all[0], prefixBytes: 0 }; // every round runs its prompts
   if (like) {
     const draft = options.draft ?? join(options.model, "draft");
     Object.assign(options, { model: await inflated(like, options.model, draft, signal), draft: undefined });
   }
+  if (LOAD_FLAGS.some((name) => flags[name] !== undefined))
+    return benchLoad(flags, options, all.map(({ concurrency }) => concurrency!), signal); // biome-ignore format: one call
   if (options.device === "cuda") return onCuda(flags, options, rounds, signal);
   const contenders = contendersOf(
     options,

@@ -130,7 +130,7 @@ function rounded(values: Record<string, number>): Record<string, number> {
 }
 
 function report(flags: Flags, text: string, tokens: number[], finish: Finish, vision: number): void {
-  const { acceptedPerCycle, cycles, completionTokens, promptTokens, imageTokens, timings } = finish;
+  const { acceptedPerCycle, cycles, completionTokens, promptTokens, cachedTokens, imageTokens, timings } = finish;
   const accepted = acceptedPerCycle.reduce((a, b) => a + b, 0);
   const meanAccepted = cycles === 0 ? 0 : accepted / cycles;
   const decodeMs = timings.total - timings.prefill;
@@ -149,7 +149,7 @@ function report(flags: Flags, text: string, tokens: number[], finish: Finish, vi
     text,
     tokens,
     finishReason: finish.reason,
-    usage: { promptTokens, imageTokens, completionTokens },
+    usage: { promptTokens, cachedTokens, imageTokens, completionTokens },
     cycles,
     acceptedPerCycle,
     meanAccepted,

@@ -1,6 +1,7 @@
 /** Reads the command line: flags to checked values. A mistake is a UsageError that names the flag. */
 import { parseArgs } from "node:util";
 import type { TreeShape } from "../decode/drafters/plan.ts";
+import { MOST_SEQUENCES } from "../engine/batch.ts";
 import type { EngineOptions } from "../engine-local.ts";
 
 export class UsageError extends Error {
@@ -12,7 +13,7 @@ export type Flags = Record<string, string | boolean | (string | boolean)[] | und
 
 export const DEFAULT_MODEL = "models/tiny-qwen2.5-vl";
 
-/** What `engineOptions` reads. */
+/** What `engineOptions` reads; and `prefix-cache` and `kv-cache`, where requests are served. */
 export const MODEL_FLAGS = [
   "model",
   "draft",
@@ -84,6 +85,14 @@ export function engineOptions(flags: Flags): EngineOptions {
   const device = oneOf(flags, "device", ["cpu", "cuda", "webgpu"]);
   for (const name of ["dtype", "draft-vocab"])
     if (flags[name] !== undefined && device !== "cuda") throw new UsageError(`--${name} is for --device cuda`);
+  const prefixMiB = number(flags, "prefix-cache", { min: 0, max: 2 ** 20 });
+  if (prefixMiB !== undefined && device === "webgpu") throw new UsageError("--prefix-cache is not for --device webgpu");
+  const kvMiB = number(flags, "kv-cache", { min: 1, max: 2 ** 20 });
+  if (kvMiB !== undefined && device !== undefined && device !== "cpu")
+    throw new UsageError("--kv-cache is for --device cpu");
+  const concurrency = number(flags, "concurrency", { min: 1, max: MOST_SEQUENCES });
+  if ((concurrency ?? 1) > 1 && device !== undefined && device !== "cpu")
+    throw new UsageError(`--concurrency is ${concurrency}; more than 1 is for --device cpu, not yet for ${device}`);
   const draftVocabulary = number(flags, "draft-vocab", { min: 0 });
   if (draftVocabulary && draftVocabulary < LEAST_VOCABULARY)
     throw new UsageError(`--draft-vocab is ${draftVocabulary}; it must be 0, for all, or at least ${LEAST_VOCABULARY}`);
@@ -94,6 +103,9 @@ export function engineOptions(flags: Flags): EngineOptions {
     shape: treeShape(flags, device),
     device,
     threads: number(flags, "threads", { min: 1, max: 1024 }),
+    concurrency,
+    prefixBytes: prefixMiB && prefixMiB * 2 ** 20,
+    kvBytes: kvMiB && kvMiB * 2 ** 20,
     context: number(flags, "context", { min: 2 }),
     dtype: oneOf(flags, "dtype", ["f32", "f16", "bf16"]),
     draftVocabulary,

@@ -186,6 +186,15 @@ extern "C" __global__ void readAll(const uint4* from, u32* out, int n) {
   if (sum == 0x9e3779b9u) out[0] = sum;
 }
 
+// A piece of `bytes` (a multiple of 16) of each head, heads being so many bytes apart; blocks (pieces of it, heads).
+extern "C" __global__ void copyRows(char* to, const char* from, long long toHead, long long fromHead, int bytes) {
+  awaitInputs();
+  to += blockIdx.y * toHead;
+  from += blockIdx.y * fromHead;
+  for (int i = (blockIdx.x * blockDim.x + threadIdx.x) * 16; i < bytes; i += gridDim.x * blockDim.x * 16)
+    *(uint4*)(to + i) = *(const uint4*)(from + i);
+}
+
 // rows[length + i] = rows[from + nodes[i]] for the nodes that a cycle keeps; one block a kept row. `cycle` is tree.cu's
 // struct of counts: the length before, the number of nodes, and from its 8th word on the nodes.
 extern "C" __global__ void keepRows(void* rows, const int* cycle, int from, int bytes) {

@@ -6,7 +6,17 @@ import type { Cuda, Kernel } from "./driver.ts";
 /** Element types, as the kernels number them. */
 export type Float = "f32" | "f16" | "bf16";
 const TYPES: Record<Float, number> = { f32: 0, f16: 1, bf16: 2 };
-const NAMES = ["convert", "turn", "gatherRows", "keepRows", "pairRows", "gatedSilu", "addRmsNorm", "readAll"] as const;
+const NAMES = [
+  "convert",
+  "turn",
+  "gatherRows",
+  "keepRows",
+  "pairRows",
+  "gatedSilu",
+  "addRmsNorm",
+  "readAll",
+  "copyRows",
+] as const;
 const THREADS = 256;
 const BLOCKS = 2048;
 const TILE = 32;
@@ -47,6 +57,12 @@ export class Elementwise {
   /** Rows after row `from` to the rows that a cycle keeps, as the cycle's counts say (tree.cu); rows of `bytes`. */
   keepRows(rows: bigint, cycle: bigint, from: number, bytes: number, most: number): void {
     this.#kernels.keepRows.launch([most, 1, 1], THREADS, 0, rows, cycle, from, bytes);
+  }
+
+  /** A piece of `bytes` (a multiple of 16) of each head from one memory to another; heads are so many bytes apart. */
+  copyRows(to: bigint, from: bigint, heads: number, toHead: number, fromHead: number, bytes: number): void {
+    const grid = [Math.min(64, Math.ceil(bytes / 16 / THREADS)), heads, 1] as const;
+    this.#kernels.copyRows.launch(grid, THREADS, 0, to, from, BigInt(toHead), BigInt(fromHead), bytes);
   }
 
   /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits. */

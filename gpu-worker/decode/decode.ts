@@ -1,7 +1,7 @@
 /** The decode loop: prefill, then cycles of propose, score, verify, commit. Knows no text and no stop string. */
-import { setImmediate } from "node:timers/promises";
 import type { Prompt } from "../engine/target.ts";
 import type { Drafter } from "./drafters/drafter.ts";
+import { breathe, Running } from "./running.ts";
 import type { Sampler } from "./sample.ts";
 import type { Fresh, Sequence, TargetModel } from "./target.ts";
 import type { Tree } from "./tree.ts";
@@ -19,6 +19,8 @@ export interface Cycle {
   /** Milliseconds. */
   draftMs: number;
   verifyMs: number;
+  /** Of a choice's first cycle: the prompt's tokens that were known from earlier requests. */
+  cached?: number;
 }
 
 export interface DecodeOptions {
@@ -46,60 +48,61 @@ export async function* decode<S extends Sequence>(
   prompt: Prompt,
   options: DecodeOptions,
 ): AsyncGenerator<AsyncGenerator<Cycle>> {
-  options.signal.throwIfAborted();
-  const begun = performance.now();
-  using context = target.begin(prompt, options.maxTokens, drafter.maxTree);
-  for (const _ of target.passes(context)) await breathe(options.signal);
-  // Trees are scored into the same memory.
-  const logits = options.samplers.length > 1 ? context.firstLogits.slice() : context.firstLogits;
-  const prefilled = { context, logits, milliseconds: performance.now() - begun };
-  for (const sampler of options.samplers) {
-    yield decodeChoice(prefilled, drafter, sampler, options);
-    context.rewind();
-    prefilled.milliseconds = 0;
+  const { samplers, maxTokens, signal } = options;
+  signal.throwIfAborted();
+  const { maxTree } = drafter;
+  using running = new Running(target, { prompt, maxTokens, maxTree, signal, keepLogits: samplers.length > 1 });
+  await running.begin();
+  for (const [i, sampler] of samplers.entries()) {
+    if (i > 0) await running.rewind();
+    yield decodeChoice(running, drafter, sampler, options);
   }
 }
 
 async function* decodeChoice<S extends Sequence>(
-  prefilled: { context: S; logits: Float32Array; milliseconds: number },
+  running: Running<S>,
   drafter: Drafter<S>,
   sampler: Sampler,
   { maxTokens, stopTokens, signal, ...options }: DecodeOptions,
 ): AsyncGenerator<Cycle> {
-  const { context, logits: row, milliseconds: verifyMs } = prefilled;
-  let given = 0;
-  const last = (token: number, index: number) => stopTokens.has(token) || given + index + 1 >= maxTokens;
+  const given: number[] = [];
+  const last = (token: number, index: number) => stopTokens.has(token) || given.length + index + 1 >= maxTokens;
+  const { logits: row, milliseconds: verifyMs, sequence } = running;
   const first = await sampler.next(row);
-  yield { tokens: [first], accepted: 0, drafted: 0, logits: () => row, draftMs: 0, verifyMs };
+  yield { tokens: [first], accepted: 0, drafted: 0, logits: () => row, draftMs: 0, verifyMs, cached: sequence.cached };
   if (last(first, 0)) return;
-  given = 1;
-  const drafting = drafter.start(context);
-  for (let fresh: Fresh = { rows: [context.length - 1], next: [first] }; ; ) {
+  given.push(first);
+  const start = () => ({ drafting: drafter.start(running.sequence), fresh: lastOf(running.sequence, given) });
+  for (let { drafting, fresh } = start(); ; ) {
     await breathe(signal);
-    const start = performance.now();
+    const begun = performance.now();
+    if (!(await running.fits())) {
+      await running.begin(given.slice(0, -1));
+      ({ drafting, fresh } = start());
+    }
     const tree = drafting.propose(fresh);
-    const proposed = drafting.verifies ? start : performance.now();
-    const scores = context.scores(tree);
+    const proposed = drafting.verifies ? begun : performance.now();
+    const scores = await running.sequence.scores(tree);
     const scored = performance.now();
     const path = options.accept?.(tree) ?? (await verify(tree, scores, sampler, last));
-    fresh = context.commit(path);
-    given += path.tokens.length;
-    const ended = given >= maxTokens || stopTokens.has(path.tokens.at(-1)!);
+    fresh = running.sequence.commit(path);
+    given.push(...path.tokens);
+    const ended = given.length >= maxTokens || stopTokens.has(path.tokens.at(-1)!);
     if (!ended && !options.logits) drafting.ahead?.(fresh);
     yield {
       tokens: path.tokens,
       accepted: path.tokens.length - 1,
       drafted: tree.tokens.length - 1,
       logits: (i) => scores.row(path.nodes[i]),
-      draftMs: proposed - start,
+      draftMs: proposed - begun,
       verifyMs: scored - proposed,
     };
     if (ended) return;
   }
 }
 
-/** Lets messages in: a cancellation above all, whose reason it throws. */
-async function breathe(signal: AbortSignal): Promise<void> {
-  await setImmediate();
-  signal.throwIfAborted();
-}
+/** What a drafter reads first: the last token, which has not been through the target. */
+const lastOf = (sequence: Sequence, given: readonly number[]): Fresh => ({
+  rows: [sequence.length - 1],
+  next: [given.at(-1)!],
+});

@@ -2,7 +2,7 @@
 import { ApiError } from "../../shared/errors.ts";
 import type { GenerateRequest } from "../../shared/protocol.ts";
 import { Detokenizer, type Tokenizer } from "../../shared/tokenizer.ts";
-import type { ImageRows } from "../engine/images.ts";
+import type { KeptImage } from "../engine/images.ts";
 import type { Finish, Step, TokenLogprob } from "../engine.ts";
 import type { ModelFiles } from "../model/model.ts";
 import { type Cycle, decode } from "./decode.ts";
@@ -40,7 +40,7 @@ class Writer {
     this.#stops = new StopStrings(asked.request.stop);
     const { promptTokens, imageTokens } = asked;
     const timings = { prefill: 0, draft: 0, verify: 0, total: 0 };
-    const counts = { completionTokens: 0, cycles: 0, acceptedPerCycle: [], drafted: 0 };
+    const counts = { cachedTokens: 0, completionTokens: 0, cycles: 0, acceptedPerCycle: [], drafted: 0 };
     this.#finish = { promptTokens, imageTokens, ...counts, timings };
   }
 
@@ -72,6 +72,7 @@ class Writer {
     const finish = this.#finish;
     if (finish.completionTokens === 0) {
       finish.timings.prefill = cycle.verifyMs;
+      finish.cachedTokens = cycle.cached ?? 0;
       return;
     }
     finish.cycles++;
@@ -132,7 +133,7 @@ export interface Generating {
 export async function* generate(
   engine: Generating,
   request: GenerateRequest,
-  images: ImageRows[],
+  images: KeptImage[],
   signal: AbortSignal,
 ): AsyncGenerator<Step> {
   const { model, target, tokenizer } = engine;
@@ -151,7 +152,8 @@ export async function* generate(
     const matcher = request.json ? matchers.use(await engine.grammars.open(request.json, stopTokens)) : undefined;
     samplers.push(new Sampler(sampling, expanded.tokens, matcher));
   }
-  const prompt = { expanded, imageRows: images.map((i) => i.rows) };
+  const shared = { tenant: request.tenant, images };
+  const prompt = { expanded, imageRows: images.map((i) => i.rows), shared };
   const drafter = request.plain ? engine.plain : engine.drafter;
   const options = { samplers, maxTokens, stopTokens, signal, logits: request.logprobs !== null };
   let choice = 0;

@@ -1,5 +1,6 @@
 /** What the decode loop asks of a target model, wherever it runs. */
 import type { Prompt } from "../engine/target.ts";
+import type { KvPool } from "./pool.ts";
 import type { Tree } from "./tree.ts";
 import type { Path } from "./verify.ts";
 
@@ -21,10 +22,12 @@ export interface Fresh {
 export interface Sequence extends Disposable {
   /** Tokens whose keys and values are kept. */
   readonly length: number;
+  /** The prompt's tokens that were not run, for an earlier sequence's rows are theirs. */
+  readonly cached?: number;
   /** Logits [V] after the prompt's last token, valid until the first tree is scored. */
   readonly firstLogits: Float32Array;
   /** One pass over every node of the tree; valid until the next. */
-  scores(tree: Tree): Scores;
+  scores(tree: Tree): Scores | Promise<Scores>;
   /** Keeps the path's nodes. */
   commit(path: Path): Fresh;
   /** Goes back to the prompt, for another choice. */
@@ -32,6 +35,8 @@ export interface Sequence extends Disposable {
 }
 
 export interface TargetModel<S extends Sequence = Sequence> extends Disposable {
+  /** Bounds the rows that all sequences together may have. */
+  readonly pool?: KvPool;
   /** `room` is the most tokens that will be added to the prompt, `maxTree` the largest tree that will be scored. */
   begin(prompt: Prompt, room: number, maxTree: number): S;
   /** Runs the prompt; yields between two passes. */

@@ -1,5 +1,6 @@
 /** The memory of one sequence in one decoder: KV cache, rotary tables and attention bias, of a fixed capacity. */
 import { writeTreeMask } from "./mask.ts";
+import type { Rows } from "./prefix-cache.ts";
 import type { Runtime, Session } from "./runtime.ts";
 import type { Binding, Tensor } from "./tensor.ts";
 
@@ -65,15 +66,23 @@ export class SequenceCache implements Disposable {
     this.#block.rows = 0;
   }
 
-  /** Binds the cache to a pass of `tokens` tokens; `bias` replaces the sequence's own (see `prefillBias`). */
-  bind(binding: Binding, tokens: number, bias: Tensor = this.#bias): void {
+  /**
+   * Binds the cache to a pass of `tokens` tokens; `bias` replaces the sequence's own (see `prefillBias`), `suffix` is what
+   * the inputs' names end in.
+   */
+  bind(binding: Binding, tokens: number, bias: Tensor = this.#bias, suffix = ""): void {
     const { headSize } = this.shape;
     for (const [name, tensor] of this.#all())
-      binding.input(name, tensor, this.#dims).output(`${name}.next`, tensor, this.#dims);
-    binding.input("last_row", this.#lastRow, [1]).input("capacity", this.#capacity, [1]);
-    binding.input("cos", this.cos, [this.capacity, headSize / 2]);
-    binding.input("sin", this.sin, [this.capacity, headSize / 2]);
-    binding.input("bias", bias, [1, 1, tokens, this.capacity]);
+      binding.input(name + suffix, tensor, this.#dims).output(`${name}${suffix}.next`, tensor, this.#dims);
+    binding.input(`last_row${suffix}`, this.#lastRow, [1]).input(`capacity${suffix}`, this.#capacity, [1]);
+    binding.input(`cos${suffix}`, this.cos, [this.capacity, headSize / 2]);
+    binding.input(`sin${suffix}`, this.sin, [this.capacity, headSize / 2]);
+    this.bindBias(binding, tokens, bias, suffix);
+  }
+
+  /** What changes of it with the number of tokens. */
+  bindBias(binding: Binding, tokens: number, bias: Tensor = this.#bias, suffix = ""): void {
+    binding.input(`bias${suffix}`, bias, [1, 1, tokens, this.capacity]);
   }
 
   get #dims(): number[] {
@@ -83,6 +92,12 @@ export class SequenceCache implements Disposable {
   *#all(): Generator<[name: string, tensor: Tensor]> {
     for (const [i, tensor] of this.#keys.entries()) yield [`key.${i}`, tensor];
     for (const [i, tensor] of this.#values.entries()) yield [`value.${i}`, tensor];
+  }
+
+  /** Keys and values, where the host sees them. */
+  get rows(): Rows[] {
+    const { kvHeads: heads, headSize: width } = this.shape;
+    return [...this.#all()].map(([, { f32: data }]) => ({ data, heads, count: this.capacity, width }));
   }
 
   /** Gets ready for a prefill pass of `tokens` tokens and gives its bias, the caller's to dispose of. */

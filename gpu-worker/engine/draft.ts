@@ -4,6 +4,8 @@ import type { Fresh } from "../decode/target.ts";
 import type { Model } from "../model/model.ts";
 import { SequenceCache } from "./cache.ts";
 import type { Context } from "./context.ts";
+import type { KeptImage } from "./images.ts";
+import type { Mark } from "./prefix-cache.ts";
 import type { Runtime, Session } from "./runtime.ts";
 import type { Binding, Tensor } from "./tensor.ts";
 
@@ -80,28 +82,47 @@ export class DraftSequence implements Disposable {
 
   /** Starts a sequence: the prompt's rows and the root's, `chunk` a pass; `first` is the text's first token. */
   prefill(first: number, chunk = CHUNK): Candidates {
-    const { tokens, images } = this.#context.prompt.expanded;
-    const { hidden: width, queries } = this.#model.draft!.config;
-    const next = [...tokens.slice(1), first];
+    const { prefixes, prompt } = this.#context;
+    const { rows, marks, bias } = this.#promptRows(first);
+    const owner = `draft/${prompt.shared?.tenant}`;
     this.cache.rewind(0);
     this.#turn = 0;
-    let bias = this.#globalBias(new Float32Array(width));
-    const rows: PromptRow[] = [];
-    let at = 0;
-    for (const [i, { at: start, count }] of images.entries()) {
-      for (; at < start - 1; at++) rows.push({ at, id: next[at], bias });
-      // Row r pairs the hidden state of token r with token r + 1, so an image's run begins one row before its tokens.
-      const adapted = this.#adapt(this.#context.prompt.imageRows[i] as Float32Array, count);
-      for (let q = 0; q < queries - 1; q++)
-        rows.push({ at: start - 1 + count - (queries - 1) + q, adapted: adapted.subarray(q * width, (q + 1) * width) });
-      bias = this.#globalBias(adapted.subarray((queries - 1) * width));
-      at = start - 1 + count;
-    }
-    for (; at < next.length; at++) rows.push({ at, id: next[at], bias });
     this.#bias.f32.set(bias);
-    for (let from = 0; from < rows.length; from += chunk) this.#prefillChunk(rows.slice(from, from + chunk));
-    this.position = next.length;
+    this.cache.length = prefixes?.reuse(owner, marks.slice(0, -1), this.cache.rows) ?? 0;
+    for (let from = this.cache.length; from < rows.length; from += chunk)
+      this.#prefillChunk(rows.slice(from, from + chunk));
+    prefixes?.keep(owner, marks, this.cache.rows);
+    this.position = prompt.expanded.tokens.length;
     return this.#values.candidates;
+  }
+
+  /** The prompt's rows and the root's, each with what it depends on beside those before; and the bias of rows to come. */
+  #promptRows(first: number): { rows: PromptRow[]; marks: Mark[]; bias: Float32Array } {
+    const { expanded, shared } = this.#context.prompt;
+    const { hidden: width, queries } = this.#model.draft!.config;
+    const next = [...expanded.tokens.slice(1), first];
+    const rows: PromptRow[] = [];
+    const marks: Mark[] = [];
+    let since: Mark[] = [expanded.tokens[0]]; // no row stands for it alone
+    const add = (row: PromptRow, mark: number) => {
+      rows.push(row);
+      marks.push(since.length > 0 ? JSON.stringify([...since, mark]) : mark);
+      since = [];
+    };
+    let bias = this.#globalBias(new Float32Array(width));
+    let at = 0;
+    for (const [i, { at: start, count }] of expanded.images.entries()) {
+      for (; at < start - 1; at++) add({ at, id: next[at], bias }, next[at]);
+      // Row r pairs the hidden state of token r with token r + 1, so an image's run begins one row before its tokens.
+      at = start - 1 + count;
+      const adapted = this.#adapt(i);
+      if (shared) since.push(shared.images[i].key);
+      for (let q = 0; q < queries - 1; q++)
+        add({ at: at - (queries - 1) + q, adapted: adapted.rows.subarray(q * width, (q + 1) * width) }, q);
+      bias = adapted.bias;
+    }
+    for (; at < next.length; at++) add({ at, id: next[at], bias }, next[at]);
+    return { rows, marks, bias };
   }
 
   #prefillChunk(rows: PromptRow[]): void {
@@ -200,10 +221,17 @@ export class DraftSequence implements Disposable {
     binding.output("tokens", this.#tensors.tokens, [rows, this.topK]);
   }
 
-  /** The adaptor's outputs [num_q,D] for the rows [n,D] of one image. */
-  #adapt(rows: Float32Array, count: number): Float32Array {
+  /** What the draft sees of the prompt's i-th picture; kept with it, where it has a name. */
+  #adapt(i: number): NonNullable<KeptImage["adapted"]> {
+    const { expanded, imageRows, shared } = this.#context.prompt;
     const { hidden: width, queries } = this.#model.draft!.config;
-    return this.#small(this.#model.draft!.adaptor, ["rows", rows, [count, width]], ["out", [queries, width]]);
+    const image = shared?.images[i];
+    if (image?.adapted) return image.adapted;
+    const input: [string, Float32Array, number[]] = ["rows", imageRows[i] as Float32Array, [expanded.images[i].count, width]]; // biome-ignore format: one line
+    const rows = this.#small(this.#model.draft!.adaptor, input, ["out", [queries, width]]);
+    const adapted = { rows, bias: this.#globalBias(rows.subarray((queries - 1) * width)) };
+    if (image) image.adapted = adapted;
+    return adapted;
   }
 
   #globalBias(global: Float32Array): Float32Array {

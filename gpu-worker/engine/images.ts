@@ -14,6 +14,14 @@ export interface ImageRows extends ImageShape {
   rows: ImageData;
 }
 
+/** A picture that is held. */
+export interface KeptImage extends ImageRows {
+  /** What it was put under. */
+  key: string;
+  /** What the draft makes of it, once it was asked for: the adaptor's outputs [num_q,D], and the bias of the last [1,D]. */
+  adapted?: { rows: Float32Array; bias: Float32Array };
+}
+
 /** A picture's way to a device that has memory of its own, and back; that memory is the next picture's too. */
 export interface Passage {
   /** The data on the device, numbers in the model's type; waits for none of it. */
@@ -75,7 +83,7 @@ export class ImageStore {
   readonly #runtime: Runtime;
   readonly #model: Seeing;
   readonly #maxBytes: number;
-  readonly #images = new Map<string, ImageRows>();
+  readonly #images = new Map<string, KeptImage>();
   #bytes = 0;
 
   constructor(runtime: Runtime, model: Seeing, maxBytes = 256 << 20) {
@@ -85,7 +93,7 @@ export class ImageStore {
   }
 
   /** The picture, which now counts as used last; undefined when it is not held. */
-  get(key: string): ImageRows | undefined {
+  get(key: string): KeptImage | undefined {
     const image = this.#images.get(key);
     if (image) {
       this.#images.delete(key);
@@ -103,7 +111,7 @@ export class ImageStore {
     if (this.has(key)) return;
     const picture = await decodeImage(bytes);
     if (this.has(key)) return; // another request has put it meanwhile
-    const image = encodePicture(this.#runtime, this.#model, picture, limits);
+    const image = { key, ...encodePicture(this.#runtime, this.#model, picture, limits) };
     this.#images.set(key, image);
     this.#bytes += image.rows.byteLength;
     for (const [old, { rows }] of this.#images) {

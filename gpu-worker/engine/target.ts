@@ -1,9 +1,14 @@
 /** The big model: prefill, scoring of trees, commit of the accepted path. Knows sessions and memory, no drafter or sampler. */
+import type { Load } from "../decode/drafters/plan.ts";
+import type { KvPool } from "../decode/pool.ts";
 import type { TargetModel } from "../decode/target.ts";
 import type { ExpandedPrompt } from "../model/family.ts";
 import type { Model, ModelFiles } from "../model/model.ts";
 import { frequencies, ropeTable } from "../model/rope.ts";
+import { Batch } from "./batch.ts";
 import { Context } from "./context.ts";
+import type { KeptImage } from "./images.ts";
+import type { PrefixCache } from "./prefix-cache.ts";
 import type { Runtime } from "./runtime.ts";
 
 /** Most tokens of one prefill pass: bounds the attention bias, chunk × capacity. */
@@ -11,13 +16,15 @@ const PREFILL_CHUNK = 512;
 
 /** Capacities are multiples of this, so that sequences of like length can use each other's memory. */
 const ROUND = 512;
-/** Ended sequences whose memory is kept. */
+/** Ended sequences whose memory is kept, at least. */
 const MAX_FREE = 2;
 
 /** A prompt whose pictures went through the vision tower: [count, D] rows in the order of `expanded.images`. */
 export interface Prompt {
   expanded: ExpandedPrompt;
   imageRows: ImageData[];
+  /** Whose it is, and its pictures by name: later prompts of the tenant's take over rows. Without it nobody does. */
+  shared?: { tenant: string; images: KeptImage[] };
 }
 
 /** Numbers of image rows as they are kept: float32, or the bits of a type of 16. */
@@ -31,10 +38,19 @@ export class Target implements TargetModel<Context> {
 
   /** Memory of sequences that have ended, for those to come. */
   readonly #free: Context[] = [];
+  readonly #most: number;
+  /** Scores trees of several sequences at once, where that was asked for. */
+  readonly batch: Batch | undefined;
+  pool?: KvPool;
+  readonly #prefixes: PrefixCache | undefined;
 
-  constructor(runtime: Runtime, model: Model) {
+  /** `sequences`: how many may be decoded at once. `prefixes` (where the host sees memory) is what sequences share. */
+  constructor(runtime: Runtime, model: Model, sequences = 1, prefixes?: PrefixCache) {
     this.#runtime = runtime;
     this.#model = model;
+    this.#prefixes = prefixes;
+    this.#most = Math.max(MAX_FREE, sequences);
+    if (sequences > 1) this.batch = new Batch(runtime, model);
     const { language, contextLength, ropeTheta } = model.config;
     this.#rope = ropeTable(contextLength, frequencies(language.headSize, ropeTheta));
   }
@@ -55,14 +71,16 @@ export class Target implements TargetModel<Context> {
     return context;
   }
 
-  /** Runs the prompt, `chunk` tokens a pass; yields between two passes. */
+  /** Runs what is new of the prompt, `chunk` tokens a pass; yields between two passes. */
   *passes(context: Context, chunk = PREFILL_CHUNK): Generator<void> {
     const { length } = context.prompt.expanded.tokens;
-    for (let from = 0; ; from += chunk) {
+    context.reuse();
+    for (let from = context.length; ; from += chunk) {
       this.#prefillChunk(context, from, Math.min(length, from + chunk));
-      if (from + chunk >= length) return;
+      if (from + chunk >= length) break;
       yield;
     }
+    context.share(); // before the answer: others may ask the same meanwhile
   }
 
   /**
@@ -74,20 +92,32 @@ export class Target implements TargetModel<Context> {
     const best = fit.sort((a, b) => a.cache.capacity - b.cache.capacity || a.maxTree - b.maxTree)[0];
     if (!best) {
       const capacity = Math.ceil((rows + maxTree) / ROUND) * ROUND;
-      return new Context(this.#runtime, this.#model, capacity, maxTree, this.#give);
+      return new Context(this.#runtime, this.#model, capacity, maxTree, this.#give, this.batch, this.#prefixes);
     }
     this.#free.splice(this.#free.indexOf(best), 1);
     return best;
   }
 
   readonly #give = (context: Context): void => {
+    this.batch?.leave(context);
     this.#free.push(context);
-    if (this.#free.length > MAX_FREE) this.#free.shift()!.free();
+    if (this.#free.length > this.#most) this.#end(this.#free.shift()!);
   };
+
+  #end(context: Context): void {
+    this.batch?.forget(context);
+    context.free();
+  }
+
+  /** How many sequences decode, and the nodes of the others' trees. */
+  load(context: Context): Load {
+    return this.batch?.load(context) ?? { sequences: 1, others: 0 };
+  }
 
   /** Frees what is kept for later sequences. */
   [Symbol.dispose](): void {
-    for (const context of this.#free.splice(0)) context.free();
+    for (const context of this.#free.splice(0)) this.#end(context);
+    this.batch?.[Symbol.dispose]();
   }
 
   #prefillChunk(context: Context, from: number, to: number): void {

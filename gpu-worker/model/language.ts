@@ -1,8 +1,8 @@
 /** The target's decoder as a graph: Qwen2 and Llama layers over a KV cache. Knows no image and no tree. */
 
-import { Graph, type GraphOptions, type StoredTensor } from "../graph/graph.ts";
+import { Graph, type GraphOptions, type StoredTensor, type Value } from "../graph/graph.ts";
 import { addRmsNorm, rmsNorm } from "../ops/norm.ts";
-import { gather, gatherCacheRows, reshape, scatterRows, tensorScatter } from "../ops/shape.ts";
+import { concat, gather, gatherCacheRows, reshape, scatterRows, splitBy, tensorScatter } from "../ops/shape.ts";
 import {
   cachedAttention,
   cacheInputs,
@@ -11,6 +11,7 @@ import {
   linear,
   mlpBlock,
   parameter,
+  sequenceInputs,
 } from "./layers.ts";
 import type { TensorSource } from "./weights.ts";
 
@@ -58,8 +59,24 @@ export function languageGraph(
     const imageRows = g.input("image_rows", g.dtype, ["R", c.hidden]);
     embedded = scatterRows(g, embedded, g.input("image_index", "i64", ["R", 1]), imageRows);
   }
-  const norm = (name: string) => parameter(g, w.get(`${name}.weight`, [c.hidden]));
+  const x = decoder(g, embedded, c, w, names, cache);
+  const hidden = g.binds ? x : reshape(g, x, [-1, c.hidden], "T");
+  g.output("hidden", hidden);
+  const wanted = pictures ? gather(g, hidden, g.input("logit_rows", "i64", ["K"])) : hidden;
+  g.output("logits", linear(g, wanted, [headWeight(c, w, names)]));
+  return g;
+}
 
+/** Layers and the final norm over embeddings [T,D]; [1,T,D], or [T,D] where weights are bound. */
+function decoder(
+  g: Graph,
+  embedded: Value,
+  c: LanguageConfig,
+  w: TensorSource,
+  names: LanguageNames,
+  cache: Parameters<typeof cachedAttention>[5],
+): Value {
+  const norm = (name: string) => parameter(g, w.get(`${name}.weight`, [c.hidden]));
   let residual = g.binds ? embedded : reshape(g, embedded, [1, -1, c.hidden], "T");
   const first = norm(`${names.model}.layers.0.input_layernorm`);
   let x = g.binds ? addRmsNorm(g, residual, null, first, c.epsilon)[0] : rmsNorm(g, residual, first, c.epsilon);
@@ -70,10 +87,32 @@ export function languageGraph(
     const next = i + 1 < c.layers ? `${names.model}.layers.${i + 1}.input_layernorm` : `${names.model}.norm`;
     [x, residual] = addRmsNorm(g, mlp, sum, norm(next), c.epsilon);
   }
-  const hidden = g.binds ? x : reshape(g, x, [-1, c.hidden], "T");
-  g.output("hidden", hidden);
-  const wanted = pictures ? gather(g, hidden, g.input("logit_rows", "i64", ["K"])) : hidden;
-  g.output("logits", linear(g, wanted, [headWeight(c, w, names)]));
+  return x;
+}
+
+/**
+ * One pass over trees of several sequences, each over its own cache: products run over all tokens at once. The inputs of
+ * sequence i are those of a pass over text alone with `.i` behind their names, and `sizes` i64 [sequences]: how many
+ * tokens each has. Outputs: hidden.i [T_i,D] after the final norm, logits.i [T_i,V].
+ */
+export function batchGraph(
+  c: LanguageConfig,
+  w: TensorSource,
+  options: GraphOptions,
+  names: LanguageNames,
+  sequences: number,
+): Graph {
+  const g = new Graph(options);
+  const all = Array.from({ length: sequences }, (_, i) => i);
+  const ids = all.map((i) => g.input(`ids.${i}`, "i64", [`T${i}`]));
+  const caches = all.map((i) => sequenceInputs(g, c.headSize, `.${i}`));
+  const sizes = g.input("sizes", "i64", [sequences]);
+  const table = w.get(`${names.model}.embed_tokens.weight`, [c.vocabulary, c.hidden]);
+  const x = decoder(g, embedding(g, table, concat(g, ids, 0)), c, w, names, { caches, sizes });
+  const hidden = reshape(g, x, [-1, c.hidden], "T");
+  const logits = linear(g, hidden, [headWeight(c, w, names)]);
+  for (const [name, rows] of Object.entries({ hidden, logits }))
+    for (const [i, part] of splitBy(g, rows, sizes, sequences, 0, "T").entries()) g.output(`${name}.${i}`, part);
   return g;
 }
 

@@ -4,7 +4,7 @@ import { type CacheInputs, groupQueryAttention, type OwnCacheInputs, ownAttentio
 import { add, cast, gatedSilu, mul, silu } from "../ops/elementwise.ts";
 import { boundProduct, int8MatMul, matMul, matMulNBits } from "../ops/matmul.ts";
 import { addRmsNorm } from "../ops/norm.ts";
-import { concat, gather, transpose } from "../ops/shape.ts";
+import { concat, gather, splitBy, transpose } from "../ops/shape.ts";
 import type { TensorSource } from "./weights.ts";
 
 /** A stored tensor in the graph's own type. Casts and transpositions of weights are done once, when a session loads. */
@@ -127,35 +127,65 @@ export interface DecoderLayerConfig {
   epsilon: number;
 }
 
-/** Self-attention over the KV cache `layer`, whose memory becomes inputs (and outputs) of the graph. x [1,T,hidden] or [T,hidden]. */
+/** Caches of several sequences, and how many of a pass's tokens each has, i64 [sequences]. */
+export interface ManyCaches {
+  caches: readonly CacheInputs[];
+  sizes: Value;
+}
+
+/**
+ * Self-attention over the KV cache `layer`, whose memory becomes inputs (and outputs) of the graph. x [1,T,hidden] or
+ * [T,hidden]. Of several sequences, each one's tokens see its own cache alone.
+ */
 export function cachedAttention(
   g: Graph,
   x: Value,
   w: TensorSource,
   name: string,
   layer: number,
-  cache: CacheInputs | OwnCacheInputs,
+  cache: CacheInputs | OwnCacheInputs | ManyCaches,
   c: DecoderLayerConfig,
 ): Value {
   const { hidden, heads, kvHeads, headSize } = c;
   const rows = { q: heads * headSize, k: kvHeads * headSize, v: kvHeads * headSize };
   const matrices = Object.entries(rows).map(([p, n]) => matrix(w, `${name}.${p}_proj.weight`, [n, hidden]));
   const biases = c.qkvBias ? Object.entries(rows).map(([p, n]) => w.get(`${name}.${p}_proj.bias`, [n])) : [];
-  const shape = [1, kvHeads, "M", headSize];
-  const past = { key: g.input(`key.${layer}`, g.dtype, shape), value: g.input(`value.${layer}`, g.dtype, shape) };
+  const pastOf = (suffix = "") => {
+    const shape = [1, kvHeads, `M${suffix}`, headSize];
+    const [key, value] = ["key", "value"].map((kind) => g.input(`${kind}.${layer}${suffix}`, g.dtype, shape));
+    return { key, value };
+  };
   const out = matrix(w, `${name}.o_proj.weight`, [hidden, heads * headSize]);
   if ("control" in cache) {
     const bias = biases.length ? g.bind(biases) : null;
-    return linear(g, ownAttention(g, linear(g, x, matrices), bias, past, cache, heads * headSize), [out]);
+    return linear(g, ownAttention(g, linear(g, x, matrices), bias, pastOf(), cache, heads * headSize), [out]);
   }
-  const attended = groupQueryAttention(g, linear(g, x, matrices, biases), past, cache, {
-    query: heads,
-    keyValue: kvHeads,
-    size: headSize,
-  });
-  g.output(`${past.key.name}.next`, attended.key);
-  g.output(`${past.value.name}.next`, attended.value);
-  return linear(g, attended.out, [out]);
+  const attend = (qkv: Value, inputs: CacheInputs, suffix?: string) => {
+    const past = pastOf(suffix);
+    const numbers = { query: heads, keyValue: kvHeads, size: headSize };
+    const attended = groupQueryAttention(g, qkv, past, inputs, numbers);
+    g.output(`${past.key.name}.next`, attended.key);
+    g.output(`${past.value.name}.next`, attended.value);
+    return attended.out;
+  };
+  const qkv = linear(g, x, matrices, biases);
+  if (!("caches" in cache)) return linear(g, attend(qkv, cache), [out]);
+  const { caches, sizes } = cache;
+  const parts = splitBy(g, qkv, sizes, caches.length, 1, "T");
+  return linear(g, concat(g, parts.map((part, i) => attend(part, caches[i], `.${i}`)), 1), [out]); // biome-ignore format: one line
+}
+
+/** What a pass's attention takes of one sequence, whose inputs end in `suffix`; its numbers of tokens and rows are T and M. */
+export function sequenceInputs(g: Graph, headSize: number, suffix = ""): CacheInputs {
+  const [tokens, rows] = [suffix.replace(".", "T") || "T", `M${suffix}`];
+  return {
+    lastRow: g.input(`last_row${suffix}`, "i32", [1]),
+    capacity: g.input(`capacity${suffix}`, "i32", [1]),
+    cos: g.input(`cos${suffix}`, g.dtype, [`R${suffix}`, headSize / 2]),
+    sin: g.input(`sin${suffix}`, g.dtype, [`R${suffix}`, headSize / 2]),
+    positions: g.input(`positions${suffix}`, "i64", [1, tokens]),
+    bias: g.input(`bias${suffix}`, g.dtype, [1, 1, tokens, rows]),
+  };
 }
 
 /** The inputs of a pass over a KV cache, declared once a graph; `operator` names our own attention, where that is used. */
@@ -168,14 +198,7 @@ export function cacheInputs(g: Graph, headSize: number, operator: string): Cache
       ...{ mask: ints("mask", ["T", 4]), control: ints("control", [4]), operator },
     };
   }
-  return {
-    lastRow: g.input("last_row", "i32", [1]),
-    capacity: g.input("capacity", "i32", [1]),
-    cos: g.input("cos", g.dtype, ["R", headSize / 2]),
-    sin: g.input("sin", g.dtype, ["R", headSize / 2]),
-    positions: g.input("positions", "i64", [1, "T"]),
-    bias: g.input("bias", g.dtype, [1, 1, "T", "M"]),
-  };
+  return sequenceInputs(g, headSize);
 }
 
 /** The second half of a decoder layer: x + residual, norm, MLP. Gives the MLP's output and the sum before the norm. */

@@ -8,7 +8,7 @@ import type { Graph, GraphOptions } from "../graph/graph.ts";
 import { encodeOnnx } from "../graph/onnx.ts";
 import { adaptorGraph, type DraftConfig, draftBiasGraph, draftGraph, loadDraft } from "./draft.ts";
 import type { Family, FamilyConfig } from "./family.ts";
-import { headWeight, languageGraph, moveGraph } from "./language.ts";
+import { batchGraph, headWeight, languageGraph, moveGraph } from "./language.ts";
 import { llavaFamily } from "./llava/family.ts";
 import { qwenFamily } from "./qwen/family.ts";
 import { frequencies, ropeTable } from "./rope.ts";
@@ -52,6 +52,8 @@ export type ModelFiles = Omit<Checkpoint, "weights" | "draft">;
 export interface Model extends ModelFiles {
   vision: Session;
   language: Session;
+  /** Makes a session for passes over the trees of so many sequences at once. */
+  batched(sequences: number): Session;
   /** Moves cache rows; only where the host can't. */
   mover: Session | undefined;
   draft: Draft | undefined;
@@ -157,6 +159,7 @@ export function loadModel(
     ...checkpoint,
     vision: session(vision),
     language: session(language),
+    batched: (n) => session(batchGraph(config.language, checkpoint.weights, options, config.names, n)),
     mover: runtime.unified ? undefined : session(mover),
     draft: draft &&
       draftConfig && {

@@ -35,6 +35,13 @@ export function split(g: Graph, x: Value, sizes: readonly number[]): Value[] {
   return g.node("Split", [x, g.ints(sizes)], outputs, { axis: -1 });
 }
 
+/** Splits an axis into `count` pieces of sizes [count] i64, which a run decides; the i-th is called `name``i`. */
+export function splitBy(g: Graph, x: Value, sizes: Value, count: number, axis: number, name: string): Value[] {
+  const shape = (i: number) => x.shape.map((d, a) => (a === axis ? `${name}${i}` : d));
+  const outputs = Array.from({ length: count }, (_, i) => ({ dtype: x.dtype, shape: shape(i) }));
+  return g.node("Split", [x, sizes], outputs, { axis });
+}
+
 /** x[from:to] along `axis`. */
 export function slice(g: Graph, x: Value, axis: number, from: number, to: number): Value {
   const shape = x.shape.map((d, i) => (i === axis ? to - from : d));

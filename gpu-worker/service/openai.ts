@@ -163,7 +163,7 @@ export function errorEvent(error: ApiError): string {
 /** OpenAI's usage object for all choices. Its "predictions" are drafts here: those kept, and those in vain. */
 function usageOf(finishes: Finish[]): string {
   const sum = (count: (finish: Finish) => number) => finishes.reduce((total, finish) => total + count(finish), 0);
-  const { promptTokens, imageTokens } = finishes[0];
+  const { promptTokens, cachedTokens, imageTokens } = finishes[0];
   const completionTokens = sum((finish) => finish.completionTokens);
   const accepted = sum((finish) => finish.acceptedPerCycle.reduce((total, count) => total + count, 0));
   const drafted = sum((finish) => finish.drafted);
@@ -171,7 +171,7 @@ function usageOf(finishes: Finish[]): string {
     prompt_tokens: promptTokens,
     completion_tokens: completionTokens,
     total_tokens: promptTokens + completionTokens,
-    prompt_tokens_details: { cached_tokens: 0, image_tokens: imageTokens },
+    prompt_tokens_details: { cached_tokens: cachedTokens, image_tokens: imageTokens },
     completion_tokens_details: {
       accepted_prediction_tokens: accepted,
       rejected_prediction_tokens: Math.max(0, drafted - accepted),

@@ -91,7 +91,8 @@ export class FairQueue {
   }
 
   #full(what: string, count = this.waiting): ApiError {
-    const retryAfter = Math.max(1, Math.ceil((this.#meanTurn * this.waiting) / 1000));
+    const ms = (this.#meanTurn * this.waiting) / this.#most.running;
+    const retryAfter = Math.max(1, Math.ceil(ms / 1000));
     return new ApiError(429, `The queue is full: ${count} ${what}.`, { code: "queue_full", retryAfter });
   }
 

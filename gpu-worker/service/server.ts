@@ -102,7 +102,7 @@ class Worker {
     this.#verifier = secret ? new Verifier(secret) : null;
     this.#deadline = deadline;
     this.#log = log;
-    this.#queue = new FairQueue({ waiting: maxWaiting, lane: Math.ceil(maxWaiting / 4) });
+    this.#queue = new FairQueue({ running: engine.concurrency, waiting: maxWaiting, lane: Math.ceil(maxWaiting / 4) });
     this.#model = new ChatModel(engine.info);
     this.#metrics = new Metrics(engine.info.id, {
       running: () => this.#queue.running,

@@ -10,6 +10,7 @@ export class ScriptedEngine implements Engine {
   info: ModelInfo = { ...tinyModel };
   ready = true;
   restarts = 0;
+  concurrency = 1;
   /** Keys of the images held, and those of every putImage so far. */
   readonly held = new Set<string>();
   readonly puts: string[] = [];
@@ -81,6 +82,7 @@ export function finishOf(request: GenerateRequest, completionTokens: number): Fi
   return {
     reason: "stop",
     promptTokens: request.tokens.length,
+    cachedTokens: 0,
     completionTokens,
     imageTokens: 0,
     cycles: 3,

@@ -17,17 +17,19 @@ export interface Stack extends AsyncDisposable {
 export interface StackOptions extends Partial<ServerOptions> {
   model?: string;
   hangTimeout?: number;
+  concurrency?: number;
   apiKeys?: string;
 }
 
 export async function startStack({
   model = MODEL,
   hangTimeout,
+  concurrency,
   apiKeys,
   ...options
 }: StackOptions = {}): Promise<Stack> {
   const secret = "the stack's secret";
-  const engine = await startEngine({ model }, { hangTimeout, log: options.log });
+  const engine = await startEngine({ model, concurrency }, { hangTimeout, log: options.log });
   const server = await startServer(engine, { port: 0, host: "127.0.0.1", secret, ...options });
   const edge = await startEdge({ port: 0, upstream: server.url, secret, apiKeys });
   const close = async () => {

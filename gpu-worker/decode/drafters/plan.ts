@@ -18,6 +18,13 @@ export interface Costs {
   verify(nodes: number): number;
 }
 
+/** Who shares a pass: how many sequences, and the nodes of the others' trees. */
+export interface Load {
+  sequences: number;
+  others: number;
+}
+const ALONE: Load = { sequences: 1, others: 0 };
+
 /** What one cycle's tree came to; milliseconds of drafting, and of all the rest (verifying, host work). */
 export interface Outcome {
   accepted: number;
@@ -87,14 +94,24 @@ export class AdaptivePlan implements Plan {
   #verify = 0;
   #promised = 0;
   #cycles = 0;
+  readonly #loadNow: () => Load;
+  #load = ALONE;
 
-  constructor(costs: Costs, experience: Experience) {
+  /** `load` says who else decodes: all wait for what a draft or a node costs, so with more of them trees are smaller. */
+  constructor(costs: Costs, experience: Experience, load: () => Load = () => ALONE) {
     this.#costs = costs;
     this.#experience = experience;
+    this.#loadNow = load;
     experience.rate ||= 1 / costs.verify(1);
   }
 
+  /** Tokens that all sequences together yield in a millisecond. */
+  get #rate(): number {
+    return this.#experience.rate * this.#load.sequences;
+  }
+
   begin(rows: number): void {
+    this.#load = this.#loadNow();
     this.#draft = this.#costs.draft(rows);
   }
 
@@ -109,7 +126,7 @@ export class AdaptivePlan implements Plan {
         p * experience.first,
         p * experience.second,
       ]);
-      const price = this.#costs.draft(w) * experience.draftScale * experience.rate;
+      const price = this.#costs.draft(w) * experience.draftScale * this.#rate;
       const value = this.#best([...now, ...children]).value - price;
       if (value > most) [width, most] = [w, value];
     }
@@ -133,7 +150,7 @@ export class AdaptivePlan implements Plan {
 
   /** The number of nodes, best first, whose tokens exceed most what decoding yields in the time of their verification. */
   #best(probabilities: number[]): { nodes: number; tokens: number; value: number } {
-    const { rate, verifyScale } = this.#experience;
+    const price = this.#rate * this.#experience.verifyScale;
     probabilities.sort((a, b) => b - a);
     let best = { nodes: 0, tokens: 0, value: Number.NEGATIVE_INFINITY };
     let tokens = 0;
@@ -141,7 +158,7 @@ export class AdaptivePlan implements Plan {
     for (const size of SIZES) {
       if (size - 1 > probabilities.length) break;
       while (n < size - 1) tokens += probabilities[n++];
-      const value = tokens - rate * verifyScale * this.#costs.verify(size);
+      const value = tokens - price * this.#costs.verify(size + this.#load.others);
       if (value > best.value) best = { nodes: n, tokens, value };
     }
     return best;
@@ -155,9 +172,14 @@ export class AdaptivePlan implements Plan {
   }
 
   learn({ accepted, draftMs, restMs }: Outcome): void {
-    this.#experience.learn(accepted, this.#promised, draftMs / this.#draft, restMs / this.#verify, draftMs + restMs);
-    if (++this.#cycles % TRIAL !== 0 || !this.#experience.seasoned) return;
-    this.loses = this.#experience.rate * this.#experience.verifyScale * this.#costs.verify(1) < 1;
+    const experience = this.#experience;
+    const { draftScale, verifyScale } = experience;
+    const { sequences } = this.#load;
+    // Among others the rest is their drafting too, which says nothing of what a pass costs.
+    const ratios = sequences > 1 ? [draftScale, verifyScale] : [draftMs / this.#draft, restMs / this.#verify];
+    experience.learn(accepted, this.#promised, ratios[0], ratios[1], draftMs + restMs);
+    if (++this.#cycles % TRIAL !== 0 || !experience.seasoned) return;
+    this.loses = experience.rate * experience.verifyScale * this.#costs.verify(sequences) < 1;
   }
 }
 

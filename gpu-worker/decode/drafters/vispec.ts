@@ -113,14 +113,14 @@ function grow(root: number, seen: Seen, kept: number[]): Tree {
 }
 
 /** `plan` is asked for a plan at the start of every sequence; all have the same bounds. */
-export function vispecDrafter(runtime: Runtime, model: Model, plan: () => Plan): Drafter<Context> {
+export function vispecDrafter(runtime: Runtime, model: Model, plan: (context?: Context) => Plan): Drafter<Context> {
   const { maxTree, maxDepth, topK } = plan();
   const rows = Math.max(topK, maxDepth + 2);
   const drafter: Drafter<Context> = {
     maxTree,
     start(context: Context) {
       const make = () => new DraftSequence(runtime, model, context, rows, topK * maxDepth, topK);
-      return new VispecDrafting(context.companion(drafter, make), plan());
+      return new VispecDrafting(context.companion(drafter, make), plan(context));
     },
   };
   return drafter;

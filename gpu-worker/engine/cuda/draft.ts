@@ -1,6 +1,7 @@
 /** ViSpec's draft model on the GPU: its cache, the adaptor's rows, and the bindings of its passes in a cycle. */
 import type { CycleBlock, DraftInputs } from "../../cuda/tree.ts";
 import type { Fresh } from "../../decode/target.ts";
+import type { Mark } from "../prefix-cache.ts";
 import { type Binding, DTYPES, type Tensor } from "../tensor.ts";
 import { DeviceCache, Staging } from "./memory.ts";
 import { CHUNK, type CudaDraft, type CudaModel, FRESH_ROWS, MAX_TREE } from "./model.ts";
@@ -38,6 +39,8 @@ export class CudaDraftState implements Disposable {
   readonly #staging: Staging<
     "ids" | "hiddenRows" | "positions" | "masks" | "control" | "last" | "keep" | "biasRow" | "ones" | "identity"
   >;
+  /** What each of the prompt's rows depends on beside those before; none before it was seen. */
+  #marks: Mark[] = [];
   /** Where the prompt's rows end. */
   #prompt = { length: 0, position: 0 };
 
@@ -90,6 +93,7 @@ export class CudaDraftState implements Disposable {
   begin(): void {
     [this.length, this.position] = [0, 0];
     this.#prompt = { length: 0, position: 0 };
+    this.#marks = [];
   }
 
   rewind(): void {
@@ -113,10 +117,19 @@ export class CudaDraftState implements Disposable {
 
   /** The prompt's rows but the last, whose token only the first cycle knows. */
   #prefillPrompt(): void {
-    const { prompt, tokens } = this.#sequence;
+    const { prompt, tokens, prefixes } = this.#sequence;
     const { queries, hidden } = this.#draft.config;
     const { images } = prompt.expanded;
     const end = prompt.expanded.tokens.length - 1;
+    const marks: Mark[] = [];
+    this.#marks = marks;
+    let since: Mark[] = [tokens[0]]; // no row stands for it alone
+    const add = (row: Row) => {
+      rows.push(row);
+      const mark = row.id ?? -1;
+      marks.push(since.length > 0 ? JSON.stringify([...since, mark]) : mark);
+      since = [];
+    };
     // Row 0 is the bias without a picture; each picture has its adapted rows, and then the bias after it.
     using table = this.#model.runtime.tensor(this.#model.dtype, (1 + images.length * queries) * hidden, "device");
     this.#biasOf(table, 0, undefined);
@@ -124,19 +137,30 @@ export class CudaDraftState implements Disposable {
     let at = 0;
     for (const [i, { at: start, count }] of images.entries()) {
       const before = i * queries;
-      for (; at < start - 1; at++) rows.push({ at, id: tokens[at + 1], bias: before });
+      for (; at < start - 1; at++) add({ at, id: tokens[at + 1], bias: before });
       this.#adapt(i, table);
+      if (prompt.shared) since.push(prompt.shared.images[i].key);
       for (let q = 0; q < queries - 1; q++)
-        rows.push({ at: start - 1 + count - (queries - 1) + q, id: undefined, bias: before + 1 + q });
+        add({ at: start - 1 + count - (queries - 1) + q, id: undefined, bias: before + 1 + q });
       at = start - 1 + count;
     }
     const last = images.length * queries;
-    for (; at < end; at++) rows.push({ at, id: tokens[at + 1], bias: last });
+    for (; at < end; at++) add({ at, id: tokens[at + 1], bias: last });
     const bytes = hidden * DTYPES[this.#model.dtype].bytes;
     this.#model.cuda.upload(this.#bias.pointer, table.pointer + BigInt(last * bytes), bytes);
-    this.#run(rows, table);
+    this.length = prefixes?.reuse(this.#owner, marks, this.#cache.rows) ?? 0;
+    this.#run(rows.slice(this.length), table);
     this.position = end;
     this.#model.cuda.synchronize();
+  }
+
+  /** Leaves a copy of the prompt's rows to others. */
+  share(): void {
+    this.#sequence.prefixes?.keep(this.#owner, this.#marks, this.#cache.rows);
+  }
+
+  get #owner(): string {
+    return `draft/${this.#sequence.prefixes && this.#sequence.owner}`;
   }
 
   /** The adaptor's outputs for picture i: its rows into the table's, its last one as the bias after the picture. */

@@ -2,6 +2,7 @@
 import type { Pinned } from "../../cuda/driver.ts";
 import type { PassInputs } from "../../cuda/tree.ts";
 import type { CacheShape } from "../cache.ts";
+import type { Rows } from "../prefix-cache.ts";
 import type { Runtime } from "../runtime.ts";
 import { type Binding, DTYPES, type DType, type Tensor } from "../tensor.ts";
 import { type CudaModel, put } from "./model.ts";
@@ -36,6 +37,12 @@ export class DeviceCache implements Disposable {
     const { kvHeads: heads, headSize, layers } = this.shape;
     const { capacity } = this;
     return { pointers: this.#pointers.pointer, count: 2 * layers, heads, capacity, rowBytes: headSize * this.#bytes };
+  }
+
+  /** Keys and values. */
+  get rows(): Rows<Tensor>[] {
+    const { kvHeads: heads, headSize: width } = this.shape;
+    return [...this.#tensors.values()].map((data) => ({ data, heads, count: this.capacity, width }));
   }
 
   /** Binds the cache and the inputs of a pass of `tokens` tokens. */

@@ -15,10 +15,12 @@ import { headWeight, languageGraph, TARGET_ATTENTION } from "../../model/languag
 import { type Checkpoint, describe, type ModelFiles } from "../../model/model.ts";
 import { frequencies, ropeTable } from "../../model/rope.ts";
 import type { Seeing } from "../images.ts";
+import { PrefixCache } from "../prefix-cache.ts";
 import type { FixedInput, Runtime, Session } from "../runtime.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
 import { addRmsNormOp, attentionOp, gatedSiluOp, linearOp, pairRowsOp } from "./operators.ts";
 import { CudaPassage } from "./passage.ts";
+import { deviceRows } from "./shared-rows.ts";
 import { DeviceWeights } from "./weights.ts";
 
 /** Most tokens of a pass. */
@@ -27,6 +29,8 @@ export const CHUNK = 2048;
 export const MAX_TREE = 128;
 /** Rows of a cycle's first draft pass: deep enough for every shape, since shapes alternate. */
 export const FRESH_ROWS = 10;
+/** Of an 80 GB card a 7B leaves some 60. */
+const PREFIX_BYTES = 4 * 2 ** 30;
 /** Vocabularies above this are cut for the draft unless the user says otherwise. */
 const LARGE_VOCABULARY = 65_536;
 const DRAFT_VOCABULARY = 32_768;
@@ -51,6 +55,8 @@ export interface CudaModel extends ModelFiles, Seeing, Disposable {
   elementwise: Elementwise;
   trees: TreeKernels;
   weights: DeviceWeights;
+  /** Rows that sequences share. */
+  prefixes: PrefixCache<Tensor>;
   /** Over prompts, pictures in them, with the logits of some rows. */
   prefill: Session;
   /** Over a tree, with the logits of every node. */
@@ -69,6 +75,8 @@ export interface CudaOptions {
   dtype?: Float;
   /** Tokens that the draft can propose, the most frequent ones; 0: all. */
   draftVocabulary?: number;
+  /** Most bytes of rows that are kept for prompts which begin alike; 0: none. */
+  prefixBytes?: number;
 }
 
 /** Describes a checkpoint and brings it to the GPU. Throws as `describe`, and an Error where memory does not suffice. */
@@ -128,6 +136,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const model = {
     ...files,
     ...{ dtype, cuda, runtime, elementwise, weights, capacity, passBytes },
+    prefixes: new PrefixCache(options.prefixBytes ?? PREFIX_BYTES, deviceRows(runtime, elementwise, dtype)),
     passage: new CudaPassage(runtime, elementwise, dtype),
     trees: new TreeKernels(cuda, dtype),
     vision: session(family.visionGraph(source, graphOptions)),
@@ -136,12 +145,12 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     draft: drafting && load(drafting),
   };
   weights.done();
-  const { draft, vision, prefill, text, passage } = model;
+  const { draft, vision, prefill, text, passage, prefixes } = model;
   const sessions = [vision, prefill, text, draft?.prompt, draft?.layer, draft?.bias, draft?.adaptor];
   return {
     ...model,
     [Symbol.dispose]: () => {
-      for (const part of [...sessions, draft?.map, passage, weights]) part?.[Symbol.dispose]();
+      for (const part of [...sessions, draft?.map, passage, prefixes, weights]) part?.[Symbol.dispose]();
     },
   };
 }

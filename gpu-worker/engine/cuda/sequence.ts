@@ -4,6 +4,7 @@ import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Fresh, Scores, Sequence } from "../../decode/target.ts";
 import type { Tree } from "../../decode/tree.ts";
 import type { Path } from "../../decode/verify.ts";
+import type { Mark, PrefixCache, Rows } from "../prefix-cache.ts";
 import type { Prompt } from "../target.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
 import { Cycle, PLAIN } from "./cycle.ts";
@@ -31,6 +32,8 @@ export class CudaSequence implements Sequence {
   /** Rows of the prompt's pictures, one after the other: as large as was needed so far. */
   #imageRows: { tensor: Tensor; pinned: Pinned } | undefined;
   readonly #row: { tensor: Tensor; pinned: Pinned };
+  /** The prompt's tokens whose rows another sequence had. */
+  cached = 0;
   readonly #cycles = new Map<string, Cycle>();
   #running: Cycle | undefined;
   #prompt: Prompt | undefined;
@@ -74,6 +77,7 @@ export class CudaSequence implements Sequence {
     this.tokens.length = 0;
     for (const token of prompt.expanded.tokens) this.tokens.push(token);
     this.kept = { length: 0, nodes: [] };
+    this.cached = 0;
     this.model.cuda.synchronize();
     const { cos, sin } = this.#angles;
     const filled = angles(new Float32Array(cos.buffer), new Float32Array(sin.buffer));
@@ -99,6 +103,43 @@ export class CudaSequence implements Sequence {
       at += rows.byteLength;
     }
     if (bytes > 0) cuda.upload(tensor.pointer, pinned, bytes);
+  }
+
+  /** Where rows are shared with other sequences, if this one's may be. */
+  get prefixes(): PrefixCache<Tensor> | undefined {
+    return this.#prompt?.shared && this.model.prefixes;
+  }
+
+  get owner(): string {
+    return this.prompt.shared!.tenant;
+  }
+
+  /** Takes over the rows that others had of the prompt, but for the last token's, whose logits are wanted. */
+  reuse(): void {
+    const { prefixes } = this;
+    if (!prefixes) return;
+    this.cached = prefixes.reuse(`target/${this.owner}`, this.#marksOf(this.tokens.length - 1), this.#shared);
+    this.kept = { length: this.cached, nodes: [] };
+  }
+
+  /** Leaves a copy of its rows to others; those of the last cycle are not in their places yet. */
+  #share(): void {
+    this.prefixes?.keep(`target/${this.owner}`, this.#marksOf(this.kept.length), this.#shared);
+    this.draft?.share();
+  }
+
+  /** Of the first rows: a picture's first has its name. */
+  #marksOf(rows: number): Mark[] {
+    const marks: Mark[] = this.tokens.slice(0, rows);
+    const { expanded, shared } = this.prompt;
+    for (const [i, { at }] of expanded.images.entries()) if (at < rows) marks[at] = shared!.images[i].key;
+    return marks;
+  }
+
+  /** Keys, values, and the hidden states that the draft reads. */
+  get #shared(): Rows<Tensor>[] {
+    const { hidden: width } = this.model.config.language;
+    return [...this.cache.rows, { data: this.hidden, heads: 1, count: this.hidden.elements / width, width }];
   }
 
   /** [rows,D] of all pictures of the prompt. */
@@ -231,6 +272,7 @@ export class CudaSequence implements Sequence {
 
   [Symbol.dispose](): void {
     if (!this.#prompt) return;
+    this.#share();
     this.model.cuda.synchronize();
     this.#prompt = undefined;
     this.#running = undefined;

@@ -52,7 +52,8 @@ export class CudaTarget implements TargetModel<CudaSequence> {
 
   *passes(sequence: CudaSequence, chunk = CHUNK): Generator<void> {
     const { length } = sequence.prompt.expanded.tokens;
-    for (let from = 0; ; from += chunk) {
+    sequence.reuse();
+    for (let from = sequence.length; ; from += chunk) {
       sequence.prefillChunk(from, Math.min(length, from + chunk));
       if (from + chunk >= length) return;
       yield;
