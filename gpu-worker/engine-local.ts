@@ -11,7 +11,7 @@ import { AdaptivePlan, type Costs, Experience, fixedPlan, type TreeShape } from 
 import { vispecDrafter } from "./decode/drafters/vispec.ts";
 import { generate } from "./decode/generate.ts";
 import { Grammars } from "./decode/grammar/grammar.ts";
-import { KvPool } from "./decode/pool.ts";
+import { BLOCK_ROWS, KvPool } from "./decode/pool.ts";
 import { Sampler } from "./decode/sample.ts";
 import type { TargetModel } from "./decode/target.ts";
 import { Turns } from "./decode/turns.ts";
@@ -89,6 +89,15 @@ function bytesARow({ config: { language }, draft }: Model): number {
   return of(language.layers, language) + (draft ? of(1, { ...draft.config, layers: 1 }) : 0);
 }
 
+/** Bounds rows, and with them the context: an answer must end by its length, not for want of room. */
+function bound(target: Target, model: Model, bytes: number, maxTree: number): void {
+  const pool = new KvPool(Math.floor(bytes / bytesARow(model)));
+  const rows = pool.blocks * BLOCK_ROWS - maxTree;
+  if (rows < 2) throw new CheckpointError(`a KV cache of ${bytes} bytes has no room for a token and a tree`);
+  target.pool = pool;
+  model.config.contextLength = Math.min(model.config.contextLength, rows);
+}
+
 function onHost(runtime: Runtime, options: EngineOptions, draft: string | undefined): Parts {
   const { shape, context } = options;
   const model = loadModel(runtime, options.model, {
@@ -99,12 +108,12 @@ function onHost(runtime: Runtime, options: EngineOptions, draft: string | undefi
   const prefixes = runtime.unified ? new PrefixCache(options.prefixBytes ?? 512 << 20) : undefined;
   const concurrency = runtime.unified ? (options.concurrency ?? concurrencyFor(options.model)) : 1;
   const target = new Target(runtime, model, concurrency, prefixes);
-  if (options.kvBytes !== undefined) target.pool = new KvPool(Math.floor(options.kvBytes / bytesARow(model)));
   const costs = draft === undefined || shape ? undefined : measureCosts(runtime, model, target);
   let experience = new Experience();
   const planner = (context?: Context) =>
     costs ? new AdaptivePlan(costs, experience, context && (() => target.load(context))) : fixedPlan(shape!);
   const drafter = draft === undefined ? noDrafter : vispecDrafter(runtime, model, planner);
+  if (options.kvBytes !== undefined) bound(target, model, options.kvBytes, drafter.maxTree);
   const { language, mover, vision } = model;
   const sessions = [language, mover, vision, model.draft?.layer, model.draft?.bias, model.draft?.adaptor];
   return {
@@ -178,7 +187,7 @@ export class LocalEngine implements Engine {
 
   /**
    * Runs a small picture and some tokens through every part, so that no request pays for the first run of code and
-   * graphs, and forgets them. Takes about 0.1 s on a small model, and ends after the token that exceeds 0.3 s.
+   * graphs (but for those of several sequences, which are made when so many first meet), and forgets them. Takes about 0.1 s on a small model, and ends after the token that exceeds 0.3 s.
    */
   async warmUp(): Promise<void> {
     await decodeImage(Buffer.from(ONE_PIXEL, "base64"));

@@ -33,7 +33,9 @@ describe.each(families)("$name", ({ model, cases }) => {
     const small = new LocalEngine({ model, kvBytes: 2 ** 18, drafter: "none" });
     const { layers, kvHeads, headSize } = small.model.config.language;
     expect(small.target.pool!.blocks).toBe(Math.floor(2 ** 18 / (2 * layers * kvHeads * headSize * 4) / BLOCK_ROWS));
-    await expect(answer(small, cases[0])).rejects.toThrow(/rows of KV cache/);
+    const rows = small.target.pool!.blocks * BLOCK_ROWS - 1;
+    expect(small.info.contextLength).toBe(rows);
+    await expect(answer(small, cases[0])).rejects.toThrow(`the model's context is ${rows}`);
     await small.close();
   });
 

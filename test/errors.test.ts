@@ -96,6 +96,8 @@ describe("on the command line", () => {
   test.each(images)("the image %s", async (name, _bytes, message) => {
     const file = join(folder, name);
     expectRefused(await generate("--prompt", "What?", "--image", file), `image ${file}`, message);
+    // Both ways read a picture alike.
+    if (name !== images[0][0] && name !== images.at(-1)![0]) return;
     const messages = join(folder, `${name}.json`);
     writeFileSync(messages, JSON.stringify(user([{ type: "image_url", image_url: { url: name } }])));
     expectRefused(await generate("--messages", messages), name, message);

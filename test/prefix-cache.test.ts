@@ -7,8 +7,8 @@ import type { GenerateRequest } from "../shared/protocol.ts";
 import { type Asked, type Case, collect, families, openEngine, prepare, tokensOf } from "./support/goldens.ts";
 import { Random } from "./support/wrong-values.ts";
 
-/** Requests before the goldens are asked again; in CI's soak ten thousand. */
-const REQUESTS = Number(process.env.PREFIX_REQUESTS ?? 100);
+/** Requests before the goldens are asked again; in .ci/run ten thousand, half of them a family. */
+const REQUESTS = Number(process.env.PREFIX_REQUESTS ?? 50);
 const TREE = { shape: { totalToken: 30, depth: 3, topK: 8 } };
 const signal = new AbortController().signal;
 
@@ -177,6 +177,7 @@ describe.each(families)("$name", ({ name, model, cases }) => {
       }
       expect(cached).toBeGreaterThan(10 * REQUESTS);
       for (const [i, golden] of cases.entries()) {
+        if (REQUESTS < 1000 && i % 4 > 0) continue; // all of them after many
         expect((await ask(engine, golden)).answer, golden.id).toEqual(expected[i].answer);
       }
     } finally {
@@ -255,6 +256,46 @@ describe("the tree", () => {
       kept.push([owner, marks]);
     }
     expect(hits).toBeGreaterThan(1000);
+  });
+
+  test("without memory for a copy nothing is kept, and nothing is lost", () => {
+    let left = Number.POSITIVE_INFINITY;
+    const held = new Set<Float32Array>();
+    const cache = new PrefixCache<Float32Array>(Number.POSITIVE_INFINITY, {
+      bytes: 4,
+      take(numbers) {
+        if (left-- <= 0) throw new Error("no memory");
+        const rooms = numbers.map((n) => new Float32Array(n));
+        held.add(rooms[0]);
+        return rooms;
+      },
+      free: ([first]) => held.delete(first),
+      copy: (from, at, to, toAt, count) => {
+        for (let head = 0; head < from.heads; head++) {
+          const start = (head * from.count + at) * from.width;
+          to.data.set(from.data.subarray(start, start + count * from.width), (head * to.count + toAt) * to.width);
+        }
+      },
+    });
+    const [one, other] = [
+      [1, 2, 3, 4],
+      [1, 2, 5],
+    ];
+    cache.keep("a", one, rowsOf("a", one));
+    vi.spyOn(console, "warn").mockImplementation(() => {});
+    for (const most of [0, 1, 2]) {
+      left = most;
+      cache.keep("a", other, rowsOf("a", other));
+      const to = empty(4);
+      expect(cache.reuse("a", one, to)).toBe(4);
+      expect(to).toEqual(rowsOf("a", one));
+    }
+    left = 3;
+    cache.keep("a", other, rowsOf("a", other));
+    expect(cache.reuse("a", other, empty(3))).toBe(3);
+    expect(held.size).toBe(3);
+    cache[Symbol.dispose]();
+    expect([held.size, cache.bytes]).toEqual([0, 0]);
   });
 
   test("what is longer than the bound is not kept, and drives nothing out", () => {

@@ -172,3 +172,12 @@ test("who is refused is told how long the queue takes, by what turns took", asyn
   queue.enter("a");
   expect(() => queue.enter("b")).toThrow(expect.objectContaining({ retryAfter: Math.ceil(4 * 4.1) }));
 });
+
+test("batch requests of several tenants leave places for interactive ones", () => {
+  const queue = new FairQueue({ waiting: 8, lane: 4 });
+  const enter = (n: number, priority: Priority) => queue.enter(`tenant ${n}`, priority);
+  for (let n = 0; n < 5; n++) enter(n, "batch");
+  expect(() => enter(5, "batch")).toThrow(/queue is full/);
+  for (let n = 0; n < 4; n++) enter(n, "interactive");
+  expect(() => enter(9, "interactive")).toThrow(/queue is full/);
+});

@@ -46,24 +46,36 @@ export class Running<S extends Sequence> implements Disposable {
     return this.#sequence!;
   }
 
-  /** Waits for room, and runs the prompt and so much of an answer; one prompt at a time, by turns with others' cycles. */
+  /** Waits for room, and runs the prompt and so much of an answer. */
   async begin(answer: readonly number[] = []): Promise<void> {
-    this[Symbol.dispose]();
     const { prompt, maxTokens, maxTree, signal, keepLogits } = this.#options;
     const begun = performance.now();
     const rows = prompt.expanded.tokens.length + answer.length + maxTree;
-    this.#room = await this.#target.pool?.admit(rows, signal, this.#admitted);
-    this.#admitted = true;
-    this.#answer = answer.length;
-    const sequence = this.#target.begin(withAnswer(prompt, answer), maxTokens - answer.length, maxTree);
-    this.#sequence = sequence;
+    do {
+      this[Symbol.dispose]();
+      this.#room = await this.#target.pool?.admit(rows, signal, this.#admitted);
+      this.#admitted = true;
+      this.#answer = answer.length;
+      this.#sequence = this.#target.begin(withAnswer(prompt, answer), maxTokens - answer.length, maxTree);
+    } while (!(await this.#runPrompt(this.#sequence)));
+    const { firstLogits } = this.sequence;
+    // Trees are scored into the same memory.
+    this.logits = keepLogits ? firstLogits.slice() : (firstLogits as typeof this.logits);
+    this.milliseconds = performance.now() - begun;
+  }
+
+  /** One prompt at a time, a pass by turns with others' cycles. False: its room is wanted meanwhile. */
+  async #runPrompt(sequence: S): Promise<boolean> {
+    const { signal } = this.#options;
     const turns = prompts.get(this.#target) ?? new Turns();
     prompts.set(this.#target, turns);
     using _turn = await turns.take(signal);
-    for (const _ of this.#target.passes(sequence)) await breathe(signal);
-    // Trees are scored into the same memory.
-    this.logits = keepLogits ? sequence.firstLogits.slice() : (sequence.firstLogits as typeof this.logits);
-    this.milliseconds = performance.now() - begun;
+    if (this.#room?.gaveWay) return false;
+    for (const _ of this.#target.passes(sequence)) {
+      await breathe(signal);
+      if (this.#room?.gaveWay) return false;
+    }
+    return true;
   }
 
   /** Whether there is room for another tree. If not, `begin` has to come next. */

@@ -79,7 +79,10 @@ export class PrefixCache<M = Float32Array> implements Disposable {
     return at;
   }
 
-  /** Keeps the first rows of `from`, one a mark, as far as they are not known; none if they exceed the bound together. */
+  /**
+   * Keeps the first rows of `from`, one a mark, as far as they are not known; none if they exceed the bound together, or
+   * where memory for them cannot be had.
+   */
   keep(owner: string, marks: readonly Mark[], from: readonly Rows<M>[]): void {
     if (this.#bytesOf(marks, from) > this.#maxBytes) return;
     const text = owned(owner, marks);
@@ -87,14 +90,29 @@ export class PrefixCache<M = Float32Array> implements Disposable {
     const at = walked.reduce((sum, { common }) => sum + common, 0);
     const path = walked.map(({ run }) => run);
     if (at < text.length) {
-      const last = walked.at(-1);
-      if (last && last.common < last.run.marks.length) path[path.length - 1] = this.#split(last.run, last.common);
-      path.push(this.#add(path.at(-1) ?? this.#root, text.slice(at), this.#cut(from, at, text.length - at)));
+      this.#use(path);
+      const more = text.slice(at);
+      this.#makeRoom(this.#bytesOf(more, from), path);
+      const made: Rows<M>[][] = [];
+      try {
+        const rows = this.#cut(from, at, more.length, made);
+        const last = walked.at(-1);
+        if (last && last.common < last.run.marks.length)
+          path[path.length - 1] = this.#split(last.run, last.common, made);
+        path.push(this.#add(path.at(-1) ?? this.#root, more, rows));
+      } catch (error) {
+        for (const rows of made) this.#free(rows);
+        console.warn(`vispec: rows are not kept for other prompts: ${(error as Error).message}`);
+      }
     }
     this.#use(path);
-    // Ends before this path, which is used last and within the bound.
+    this.#makeRoom(0, path); // of a run that was split the rest may be too much
+  }
+
+  /** Drops what went unused for longest until there is room for so many bytes, but nothing of a path that was used last. */
+  #makeRoom(bytes: number, path: readonly Run<M>[]): void {
     for (const run of this.#used) {
-      if (this.#bytes <= this.#maxBytes) break;
+      if (this.#bytes + bytes <= this.#maxBytes || path.includes(run)) return;
       this.#drop(run);
     }
   }
@@ -128,12 +146,15 @@ export class PrefixCache<M = Float32Array> implements Disposable {
   }
 
   /** Makes two of a run: the first `at` rows, which it gives, and the others after them. */
-  #split(run: Run<M>, at: number): Run<M> {
+  #split(run: Run<M>, at: number, made: Rows<M>[][]): Run<M> {
     const { parent, marks, rows } = run;
-    const first: Run<M> = { parent, marks: marks.slice(0, at), rows: this.#cut(rows, 0, at), children: new Map() };
+    // Both copies before the tree changes: there may be no memory for them.
+    const before = this.#cut(rows, 0, at, made);
+    const after = this.#cut(rows, at, marks.length - at, made);
+    const first: Run<M> = { parent, marks: marks.slice(0, at), rows: before, children: new Map() };
     parent!.children.set(marks[0], first);
     first.children.set(marks[at], run);
-    Object.assign(run, { parent: first, marks: marks.slice(at), rows: this.#cut(rows, at, marks.length - at) });
+    Object.assign(run, { parent: first, marks: marks.slice(at), rows: after });
     this.#free(rows);
     return first;
   }
@@ -163,10 +184,11 @@ export class PrefixCache<M = Float32Array> implements Disposable {
     for (const [i, source] of from.entries()) this.#memory.copy(source, at, to[i], toAt, count);
   }
 
-  /** A copy of rows at … at + count. */
-  #cut(from: readonly Rows<M>[], at: number, count: number): Rows<M>[] {
+  /** A copy of rows at … at + count, which is added to what was made. */
+  #cut(from: readonly Rows<M>[], at: number, count: number, made: Rows<M>[][]): Rows<M>[] {
     const rooms = this.#memory.take(from.map(({ heads, width }) => heads * count * width));
     const rows = from.map(({ heads, width }, i) => ({ data: rooms[i], heads, count, width }));
+    made.push(rows);
     this.#copy(from, at, rows, 0, count);
     return rows;
   }

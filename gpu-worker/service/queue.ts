@@ -68,6 +68,8 @@ export class FairQueue {
     const taken = this.#taken.get(key) ?? 0;
     const { running, waiting, lane: ofLane } = this.#most;
     if (this.#places >= waiting + running) throw this.#full("requests wait");
+    // Else batch ones of several tenants could leave no place for interactive ones.
+    if (priority === "batch" && this.#waiting.batch >= waiting / 2 + running) throw this.#full("requests wait");
     if (taken >= ofLane + running) throw this.#full("of your requests wait", taken);
     this.#places++;
     this.#taken.set(key, taken + 1);

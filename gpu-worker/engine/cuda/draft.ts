@@ -122,7 +122,6 @@ export class CudaDraftState implements Disposable {
     const { images } = prompt.expanded;
     const end = prompt.expanded.tokens.length - 1;
     const marks: Mark[] = [];
-    this.#marks = marks;
     let since: Mark[] = [tokens[0]]; // no row stands for it alone
     const add = (row: Row) => {
       rows.push(row);
@@ -150,6 +149,7 @@ export class CudaDraftState implements Disposable {
     this.#model.cuda.upload(this.#bias.pointer, table.pointer + BigInt(last * bytes), bytes);
     this.length = prefixes?.reuse(this.#owner, marks, this.#cache.rows) ?? 0;
     this.#run(rows.slice(this.length), table);
+    this.#marks = marks;
     this.position = end;
     this.#model.cuda.synchronize();
   }

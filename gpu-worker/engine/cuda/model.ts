@@ -29,7 +29,7 @@ export const CHUNK = 2048;
 export const MAX_TREE = 128;
 /** Rows of a cycle's first draft pass: deep enough for every shape, since shapes alternate. */
 export const FRESH_ROWS = 10;
-/** Of an 80 GB card a 7B leaves some 60. */
+/** At most; and a quarter of what is free. */
 const PREFIX_BYTES = 4 * 2 ** 30;
 /** Vocabularies above this are cut for the draft unless the user says otherwise. */
 const LARGE_VOCABULARY = 65_536;
@@ -136,7 +136,10 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const model = {
     ...files,
     ...{ dtype, cuda, runtime, elementwise, weights, capacity, passBytes },
-    prefixes: new PrefixCache(options.prefixBytes ?? PREFIX_BYTES, deviceRows(runtime, elementwise, dtype)),
+    prefixes: new PrefixCache(
+      options.prefixBytes ?? Math.min(PREFIX_BYTES, cuda.freeMemory / 4),
+      deviceRows(runtime, elementwise, dtype),
+    ),
     passage: new CudaPassage(runtime, elementwise, dtype),
     trees: new TreeKernels(cuda, dtype),
     vision: session(family.visionGraph(source, graphOptions)),

@@ -74,6 +74,7 @@ export class CudaSequence implements Sequence {
   /** Starts a sequence in this memory; `angles` fills the rotary tables of its rows and says how many numbers of each. */
   begin(prompt: Prompt, angles: (cos: Float32Array, sin: Float32Array) => number): void {
     this.#prompt = prompt;
+    this.draft?.begin(); // first of all: whatever fails below, its rows are not this prompt's
     this.tokens.length = 0;
     for (const token of prompt.expanded.tokens) this.tokens.push(token);
     this.kept = { length: 0, nodes: [] };
@@ -84,7 +85,6 @@ export class CudaSequence implements Sequence {
     for (const name of ["cos", "sin"] as const)
       this.model.cuda.upload(this.cache[name].pointer, this.#angles[name], filled * 4);
     this.#sendImages(prompt);
-    this.draft?.begin();
   }
 
   #sendImages({ imageRows }: Prompt): void {
