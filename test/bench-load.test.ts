@@ -31,13 +31,13 @@ test("a percentile is a value that was seen, the least that so many do not excee
 test("tokens of requests that began late or went on slowly are not in the goodput", () => {
   const finish = { ...finishOf({ tokens: [] } as unknown as GenerateRequest, 5), acceptedPerCycle: [2, 0], cycles: 2 };
   const served = (firstToken: number, between: number): Served => {
-    return { firstToken, rest: 4 * between, betweenTokens: Array(4).fill(between), finish };
+    return { firstToken, rest: 4 * between, between: Array(4).fill(between), finish };
   };
   const row = summarize(3, [served(1000, 100), served(1001, 1), served(10, 101), served(20, 2)], 4000);
   expect(row).toEqual({
     ...{ concurrency: 3, tokensPerSecond: 5, requestsPerSecond: 1, goodput: 2.5 },
     ...{ meanAccepted: 1, draftedPerCycle: 4.5 },
-    ...{ firstTokenMs: { p50: 20, p95: 1001, p99: 1001 }, betweenTokensMs: { p50: 2, p99: 101 } },
+    ...{ firstTokenMs: { p50: 20, p95: 1001, p99: 1001 }, betweenMs: { p50: 2, p99: 101 } },
   });
 });
 
@@ -59,8 +59,8 @@ test.each([
   const never = new AbortController().signal;
   const { served, milliseconds } = await serve(engine, questions, { rate, requests: 6 }, never);
   expect([most, served.length]).toEqual([2, 6]);
-  for (const { betweenTokens, firstToken } of served) {
-    expect(betweenTokens).toHaveLength(2);
+  for (const { between, firstToken } of served) {
+    expect(between).toHaveLength(1);
     expect(firstToken).toBeGreaterThanOrEqual(20);
     expect(firstToken).toBeLessThan(milliseconds);
   }
@@ -71,7 +71,7 @@ test.each([
 test("the plot has every point at its height, and says what it is", () => {
   const finish = finishOf({ tokens: [] } as unknown as GenerateRequest, 5);
   const row = (concurrency: number, tokensPerSecond: number, draftedPerCycle: number) => {
-    const figures = summarize(concurrency, [{ firstToken: 1, rest: 1, betweenTokens: [1], finish }], 1);
+    const figures = summarize(concurrency, [{ firstToken: 1, rest: 1, between: [1], finish }], 1);
     return { ...figures, tokensPerSecond, draftedPerCycle };
   };
   const svg = plotOf([row(1, 100, 8), row(4, 200, 4), row(16, 50, 2)]);

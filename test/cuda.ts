@@ -2,7 +2,7 @@
  * The goldens on an NVIDIA GPU: node test/cuda.ts (after npm run cuda). In float32 every answer must be Hugging Face's,
  * token for token, plain and with trees. In 16 bits an answer may part from the CPU's, and a tree's from plain decoding's,
  * only where the target's two likeliest tokens lie within MARGIN of each other; how often that was is printed. What is
- * asked again finds its prompt's rows, and must go as before. Exit code 1 otherwise. Run by hand: neither npm test nor CI has a GPU.
+ * asked again finds its prompt's rows, and must go as before; so must what is asked all at once. Exit code 1 otherwise. Run by hand: neither npm test nor CI has a GPU.
  */
 import { seedOf } from "../gpu-worker/decode/sample.ts";
 import type { Step } from "../gpu-worker/engine.ts";
@@ -80,6 +80,12 @@ async function warm(cpu: LocalEngine, engine: LocalEngine, cases: Case[], steps:
   return others + (await ties(cpu, cases, again.map(tokensOf), steps.map(tokensOf), `${what} asked again`)); // biome-ignore format: one line
 }
 
+/** Asked all at once, as far as there is room, answers must be those of one after the other; in 16 bits up to near ties. */
+async function together(cpu: LocalEngine, engine: LocalEngine, cases: Case[], alone: number[][], what: string) {
+  const steps = await Promise.all(cases.map((golden) => answer(engine, golden)));
+  return await ties(cpu, cases, steps.map(tokensOf), alone, `${what} together`); // biome-ignore format: one line
+}
+
 for (const { name, model, cases } of families) {
   const cpu = new LocalEngine({ model, drafter: "none" });
   for (const dtype of ["f32", "f16", "bf16"] as const) {
@@ -101,6 +107,10 @@ for (const { name, model, cases } of families) {
         check(dtype !== "f32" || others === 0, `${what}: ${others} answers go otherwise when they are asked again`);
         console.log(`${what}: ${others} go otherwise when they are asked again`);
       }
+      const parted = await together(cpu, engine, cases, answers, what);
+      check(dtype !== "f32" || parted === 0, `${what}: ${parted} answers go otherwise when all are asked at once`);
+      check(engine.parts.target.pool!.used === 0, `${what}: blocks of KV cache are in use after the last answer`);
+      console.log(`${what}: ${parted} go otherwise when all are asked at once`);
       console.log(`${what}: ${fromCpu} of ${cases.length} part from the CPU's at near ties, ${fromPlain} from plain`);
       await engine.close();
     }

@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import { z } from "zod";
-import { MENU, ShapeChooser } from "../gpu-worker/decode/drafters/menu.ts";
+import { CROWD, MENU, ShapeChooser } from "../gpu-worker/decode/drafters/menu.ts";
 import type { TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { cachedCosts, codeHash } from "../gpu-worker/engine/costs-cache.ts";
 
@@ -23,6 +23,9 @@ function uniforms(seed: number): () => number {
   };
 }
 
+/** Milliseconds of a cycle of so many sequences. */
+type Cost = (shape: Shape, sequences: number) => number;
+
 /** A verify pass takes 1 ms, a little more beyond 32 nodes, and a draft pass `draft` ms. */
 const costs = (draft: number) => (shape: Shape) =>
   shape ? 1 + 0.0015 * Math.max(0, shape.totalToken - 32) + draft * (shape.depth + 1) : 1;
@@ -36,25 +39,41 @@ function expected(shape: Shape, chance: Chance): number {
   return sum;
 }
 
-/** Runs cycles; the mean tokens a millisecond that the chosen shapes have, and the milliseconds that drafting took. */
-function run(chooser: ShapeChooser, cost: (s: Shape) => number, chance: Chance, cycles: number, seed = 1) {
+/**
+ * Runs cycles of so many sequences; the mean tokens of one a millisecond that the chosen shapes have, the milliseconds
+ * that drafting took, and the last half's shapes.
+ */
+function run(chooser: ShapeChooser, cost: Cost, chance: Chance, cycles: number, seed = 1, sequences = 1) {
   const uniform = uniforms(seed);
+  const shapes: Shape[] = [];
   let [tokens, time, drafting] = [0, 0, 0];
   for (let cycle = 0; cycle < cycles; cycle++) {
-    const shape = chooser.choose();
-    let accepted = 0;
-    while (shape && accepted <= shape.depth && uniform() < chance(accepted, shape)) accepted++;
-    const took = cost(shape) * (0.975 + 0.05 * uniform());
-    chooser.learn(shape, accepted, took);
+    const shape = chooser.choose(sequences);
+    const taken = Array.from({ length: sequences }, () => {
+      let accepted = 0;
+      while (shape && accepted <= shape.depth && uniform() < chance(accepted, shape)) accepted++;
+      return accepted;
+    });
+    const took = cost(shape, sequences) * (0.975 + 0.05 * uniform());
+    chooser.learn(shape, taken, took);
     tokens += expected(shape, chance);
     time += took;
     if (shape) drafting += took;
+    if (2 * cycle >= cycles) shapes.push(shape);
   }
-  return { rate: tokens / time, drafting };
+  return { rate: tokens / time, drafting, shapes };
 }
 
-const best = (cost: (s: Shape) => number, chance: Chance) =>
-  Math.max(...[undefined, ...MENU].map((shape) => expected(shape, chance) / cost(shape)));
+const best = (cost: Cost, chance: Chance, sequences = 1, menu = MENU) =>
+  Math.max(...[undefined, ...menu].map((shape) => expected(shape, chance) / cost(shape, sequences)));
+
+const ALL = [...MENU, ...CROWD];
+const nodesOf = (shape: Shape) => shape?.totalToken ?? 1;
+/** That of a tree of eight children a node; less, where there are fewer. */
+const widerIsBetter =
+  (chance: number): Chance =>
+  (_, { topK }) =>
+    chance * (topK / 8) ** 0.1;
 
 const CHANCES: Record<string, Chance> = {
   high: () => 0.9,
@@ -120,6 +139,103 @@ describe("the chooser", () => {
     expect(run(chooser, cost, CHANCES.falling, 300, 2).rate / best(cost, CHANCES.falling)).toBeGreaterThan(0.96);
   });
 
+  test("draws smaller trees the more sequences share a pass, and none in the end, where every row costs", () => {
+    // A pass over 16 rows takes twice what one over none does.
+    const cost: Cost = (shape, sequences) =>
+      1 + (sequences * nodesOf(shape)) / 16 + 0.02 * (shape ? shape.depth + 1 : 0);
+    for (const chance of [0.5, 0.8, 0.9]) {
+      const sizes = Array.from({ length: 32 }, (_, i) => {
+        const chooser = new ShapeChooser(ALL, cost);
+        run(chooser, cost, widerIsBetter(chance), 300, 1, i + 1);
+        // The one that it mostly draws: trials are among them.
+        const sizes = run(chooser, cost, widerIsBetter(chance), 200, 2, i + 1).shapes.map(nodesOf);
+        return sizes.sort((a, b) => a - b)[sizes.length >> 1];
+      });
+      expect(sizes, `${chance}`).toEqual(sizes.toSorted((a, b) => b - a));
+      expect(new Set(sizes).size, `${chance}: ${sizes}`).toBeGreaterThan(1);
+      expect(sizes.at(-1), `${chance}: ${sizes}`).toBe(1);
+    }
+  });
+
+  test("gives no fewer tokens a second, but for 3 %, with every sequence that is added at the costs of an H100", () => {
+    const cost: Cost = (shape, sequences) => {
+      const drafting = shape ? (shape.depth + 1) * (0.33 + 0.001 * sequences * shape.topK) : 0;
+      const rows = sequences * nodesOf(shape);
+      return (shape ? 5.3 + 0.014 * Math.max(0, rows - 64) : 5.3 + 0.01 * sequences) + drafting + 0.02 * sequences;
+    };
+    for (const p of [0.5, 0.8])
+      for (const chance of [() => p, widerIsBetter(p)]) {
+        // One engine, whose load rises.
+        const chooser = new ShapeChooser(ALL, cost);
+        let before = 0;
+        for (let sequences = 1; sequences <= 16; sequences++) {
+          run(chooser, cost, chance, 300, sequences, sequences);
+          const rate = sequences * run(chooser, cost, chance, 300, sequences + 100, sequences).rate;
+          expect(rate / before, `${p}, ${sequences} sequences`).toBeGreaterThan(0.97);
+          const most = sequences * best(cost, chance, sequences, ALL);
+          expect(rate / most, `${p}, ${sequences} sequences`).toBeGreaterThan(0.95);
+          before = rate;
+        }
+      }
+  });
+
+  test("learns from each sequence of a pass: eight that accept nothing end drafting within fewer cycles than one", () => {
+    const cycles = (sequences: number) => {
+      const chooser = new ShapeChooser(MENU, costs(0.12));
+      for (let cycle = 0; ; cycle++) {
+        const shape = chooser.choose(sequences);
+        if (!shape) return cycle;
+        chooser.learn(shape, new Array(sequences).fill(0), costs(0.12)(shape));
+      }
+    };
+    expect(cycles(8)).toBeLessThan(cycles(1));
+  });
+
+  test("offers so many sequences only what has a cost for them", () => {
+    const cost: Cost = (shape, sequences) => 1 + (sequences * nodesOf(shape)) / 1000;
+    const offered = (shape: Shape, sequences: number) => sequences === 1 || shape === undefined || shape === CROWD[1];
+    const chooser = new ShapeChooser(ALL, (shape, n) => (offered(shape, n) ? cost(shape, n) : undefined));
+    const { shapes } = run(chooser, cost, CHANCES.middling, 100);
+    expect(shapes).not.toContain(CROWD[1]);
+    expect(new Set(run(chooser, cost, CHANCES.middling, 100, 1, 2).shapes)).toEqual(new Set([CROWD[1]]));
+    expect(() => chooser.learn(MENU[0], [1, 1], 1)).toThrow("the tree 16/1/8 is not of the menu for 2 at once");
+    const alone = new ShapeChooser(ALL, (shape, n) => (shape && n > 1 ? undefined : cost(shape, n)));
+    expect(alone.choose(2)).toBeUndefined();
+    expect(alone.choose()).toBeDefined();
+    const dear = new ShapeChooser(MENU, (_, n) => (n > 1 ? 0 : 1));
+    expect(() => dear.choose(2)).toThrow("plain decoding cannot take 0 ms");
+  });
+
+  test("loses as little to trials with sequences that come and go, time lost counted for each that waits", () => {
+    const cost: Cost = (shape, sequences) => costs(0.12)(shape) + 0.005 * sequences * nodesOf(shape);
+    const chooser = new ShapeChooser(ALL, cost);
+    let [lost, waited] = [0, 0];
+    for (let cycle = 0; cycle < 4000; cycle++) {
+      // Mostly one, which would save up for trials of sixteen.
+      const sequences = cycle % 10 === 0 ? 16 : 1;
+      const shape = chooser.choose(sequences);
+      const took = cost(shape, sequences);
+      chooser.learn(shape, new Array(sequences).fill(0), took);
+      lost += sequences * (took - cost(undefined, sequences));
+      waited += sequences * took;
+    }
+    expect(lost / waited).toBeLessThan(0.025);
+    expect(lost).toBeGreaterThan(0);
+  });
+
+  test("learns what a cycle took from one in which texts ended, and nothing of their drafts", () => {
+    const choices = (ended: number) => {
+      const chooser = new ShapeChooser(MENU, costs(0.02));
+      for (let cycle = 0; cycle < 40; cycle++) {
+        const shape = chooser.choose(8);
+        chooser.learn(shape, new Array(8 - ended).fill(shape ? shape.depth + 1 : 0), costs(0.02)(shape), 8);
+      }
+      return chooser.choose(8);
+    };
+    expect(choices(0)).toEqual({ totalToken: 60, depth: 6, topK: 8 });
+    expect(choices(4)).toEqual({ totalToken: 60, depth: 6, topK: 8 });
+  });
+
   test("makes the same choices of the same past", () => {
     const cost = costs(0.07);
     const [a, b] = [1, 2].map(() => run(new ShapeChooser(MENU, cost), cost, CHANCES.middling, 200));
@@ -129,19 +245,19 @@ describe("the chooser", () => {
   test("refuses a cost that is none and a shape that is not of the menu; of an empty menu it decodes plain", () => {
     expect(() => new ShapeChooser(MENU, () => Number.NaN)).toThrow("plain decoding cannot take NaN ms");
     const chooser = new ShapeChooser(MENU, () => 1);
-    expect(() => chooser.learn({ totalToken: 9, depth: 1, topK: 8 }, 0, 1)).toThrow(
+    expect(() => chooser.learn({ totalToken: 9, depth: 1, topK: 8 }, [0], 1)).toThrow(
       "the tree 9/1/8 is not of the menu",
     );
     const plain = new ShapeChooser([], () => 1);
-    plain.learn(undefined, 0, 1);
+    plain.learn(undefined, [0], 1);
     expect(plain.choose()).toBeUndefined();
   });
 });
 
-test("the menu holds the paper's tree, at most 64 nodes, and no more nodes than levels give", () => {
+test("the menus hold the paper's tree, at most 64 nodes, and no more nodes than levels give", () => {
   expect(MENU).toContainEqual({ totalToken: 30, depth: 3, topK: 8 });
   expect(MENU.length).toBeLessThanOrEqual(8);
-  for (const { totalToken, depth, topK } of MENU)
+  for (const { totalToken, depth, topK } of ALL)
     expect(totalToken).toBeLessThanOrEqual(Math.min(64, 1 + topK + depth * topK * topK));
 });
 

@@ -20,15 +20,15 @@ import { decodeImage } from "../input/decode.ts";
 import { UsageError } from "./options.ts";
 
 /** The paper's tree. */
-const PAPER: TreeShape = MENU.find(({ totalToken, depth }) => totalToken === 30 && depth === 3)!;
+export const PAPER: TreeShape = MENU.find(({ totalToken, depth }) => totalToken === 30 && depth === 3)!;
 const NODES = [1, 8, 16, 32, 48, 64];
-const ANSWER = 256;
+export const ANSWER = 256;
 /** Of a picture of about 1,000 tokens where patches are Qwen's. */
 const PIXELS = { minPixels: 896 * 896, maxPixels: 896 * 896 };
 const REPEATS = 15;
 /** A picture of a thousand tokens and a text; as much of an answer after a prompt. */
 const LEAST_CONTEXT = 2048;
-const GREEDY: Sampling = {
+export const GREEDY: Sampling = {
   ...{ temperature: 0, topK: 0, topP: 1, minP: 0, seed: 0 },
   ...{ repetitionPenalty: 1, presencePenalty: 0, frequencyPenalty: 0, logitBias: [] },
 };
@@ -59,16 +59,14 @@ function ratesOf({ cuda, elementwise }: CudaModel) {
 /** Milliseconds of the device for passes after `past` rows, each a replayed graph. */
 function passesOf(target: CudaTarget, past: number) {
   const { model } = target;
-  using sequence = target.begin({ expanded: model.family.expandPrompt([0], []), imageRows: [] }, 0);
-  target.prefill(sequence, past);
+  using sequence = target.started(past);
   const time = (run: () => void) => {
     using graph = model.cuda.capture(run);
     return median(Array.from({ length: REPEATS }, () => model.cuda.milliseconds(() => graph.launch())));
   };
   const cycleOf = (shape: TreeShape) => {
-    sequence.step(shape);
-    sequence.step(shape);
-    return sequence.cycle(shape);
+    for (let i = 0; i < 2; i++) target.batch.step([sequence], shape);
+    return target.batch.cycle(shape, 1);
   };
   // Without a draft there is no tree to verify.
   const verify = (model.draft ? NODES : [1]).map((totalToken) => {
@@ -102,7 +100,7 @@ function chanceOf(mean: number, levels: number): number {
  * What stands in for verification: as many drafts as that chance gives, of the path to the deepest node. Drafts that the
  * tree has no room for (its best nodes may not reach the last level) are owed to the next cycles.
  */
-function forced(mean: number, shape: TreeShape): (tree: Tree) => Path {
+export function forced(mean: number, shape: TreeShape): (tree: Tree) => Path {
   const levels = shape.depth + 1;
   const [chance, uniform] = [chanceOf(mean, levels), uniforms(1)];
   let owed = 0;
@@ -222,10 +220,10 @@ export async function benchCuda(engine: LocalEngine, bench: CudaBench, signal: A
     const middle = median(rows.map((row) => row.tokensPerSecond));
     speeds.push(rows.find((row) => row.tokensPerSecond === middle)!);
   };
-  await add("plain", engine.plain, target.measure([PLAIN], past + ANSWER / 2)[0]);
+  await add("plain", engine.plain, target.measure([PLAIN], 1, past + ANSWER / 2)[0]);
   if (model.draft) {
-    const gpuMs = target.measure([PAPER], past + ANSWER / 2)[0];
-    const paper = cudaDrafter(always(PAPER)) as Drafter;
+    const gpuMs = target.measure([PAPER], 1, past + ANSWER / 2)[0];
+    const paper = cudaDrafter(target.batch, always(PAPER)) as Drafter;
     for (const mean of bench.accept) {
       await add(`${nameOf(PAPER)}, ${mean} forced`, paper, gpuMs, forced(mean, PAPER));
     }

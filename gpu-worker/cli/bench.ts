@@ -7,11 +7,13 @@ import { planInflation, readShape } from "../checkpoint/inflate.ts";
 import { LIKE, likeShape } from "../checkpoint/inflate-shapes.ts";
 import { inCache } from "../cuda/cache-folder.ts";
 import type { Costs, TreeShape } from "../decode/drafters/plan.ts";
+import { MOST_SEQUENCES } from "../engine/batch.ts";
 import type { Finish } from "../engine.ts";
 import { type EngineOptions, LocalEngine } from "../engine-local.ts";
 import { startEngine } from "../engine-process.ts";
 import { startServer } from "../service/server.ts";
 import { startEdge } from "../start.ts";
+import { benchCrowd } from "./bench-crowd.ts";
 import { benchCuda, printCuda } from "./bench-cuda.ts";
 import { benchEdge } from "./bench-edge.ts";
 import { benchLoad, dataUrls, LOAD_FLAGS, messages, type Question, questionsOf } from "./bench-load.ts";
@@ -22,6 +24,8 @@ export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR]
   --like inflates the model to that shape first, once, into a cache folder (see vispec inflate): small is for a CPU
 vispec bench --device cuda [--model DIR] [--draft DIR] [--dtype bf16|f16|f32] [--draft-vocab N] [--past N] [--accept MEAN,…] [--json]
   passes, prompts and answers beside what the memory allows; --accept forces means of accepted drafts, to study costs
+vispec bench --device cuda --crowd N,… [--accept MEAN] [--past N] [--long-prompts MS] [--model DIR] …
+  so many answers at once at forced acceptance; with --long-prompts, while prompts of 4,000 tokens come every MS
 vispec bench --concurrency N,… [--arrival closed|poisson:RATE] [--requests N] [--plot FILE.svg] [--model DIR] … [--json]
   that many requests at once, or RATE a second; times from arrival, tokens/s, goodput; --plot draws tokens/s and tree size
 vispec bench --edge [--rounds N] [--json]`;
@@ -196,9 +200,7 @@ function contendersOf(options: EngineOptions, fixed: Record<string, TreeShape>):
 
 /** On a GPU what counts is how near the passes come to what its memory allows. */
 async function onCuda(flags: Flags, options: EngineOptions, rounds: number, signal: AbortSignal): Promise<void> {
-  const accept = String(flags.accept ?? "2.24").split(",").map(Number); // biome-ignore format: one chain
-  if (accept.some((mean) => !(mean >= 0 && mean < 4)))
-    throw new UsageError(`--accept is ${flags.accept}; means of 0 to 4 drafts a cycle are wanted, with commas between`);
+  const accept = acceptOf(flags);
   const engine = new LocalEngine(options);
   try {
     await engine.warmUp();
@@ -212,6 +214,28 @@ async function onCuda(flags: Flags, options: EngineOptions, rounds: number, sign
     });
     if (flags.json) console.log(JSON.stringify({ ...result, real }));
     else printCuda(result, real);
+  } finally {
+    await engine.close();
+  }
+}
+
+/** Means of accepted drafts that decoding is forced to. */
+function acceptOf(flags: Flags): number[] {
+  const accept = String(flags.accept ?? "2.24").split(",").map(Number); // biome-ignore format: one chain
+  if (accept.every((mean) => mean >= 0 && mean < 4)) return accept;
+  throw new UsageError(`--accept is ${flags.accept}; means of 0 to 4 drafts a cycle are wanted, with commas between`);
+}
+
+async function onCrowd(flags: Flags, options: EngineOptions, signal: AbortSignal): Promise<void> {
+  if (options.device !== "cuda") throw new UsageError("--crowd is for --device cuda");
+  const crowd = String(flags.crowd).split(",").map((n) => number({ crowd: n }, "crowd", { min: 1, max: MOST_SEQUENCES })!); // biome-ignore format: one chain
+  const [accept] = acceptOf(flags);
+  const longEvery = number(flags, "long-prompts", { min: 1, max: 60_000 });
+  const past = number(flags, "past", { min: 1, max: 100_000 }) ?? 1024;
+  const engine = new LocalEngine({ ...options, concurrency: Math.min(MOST_SEQUENCES, Math.max(...crowd) + 1) });
+  try {
+    await engine.warmUp();
+    await benchCrowd(engine, { crowd, accept, past, longEvery }, signal);
   } finally {
     await engine.close();
   }
@@ -231,6 +255,8 @@ export async function benchCommand(args: string[], signal: AbortSignal): Promise
     "draft-vocab",
     "past",
     "accept",
+    "crowd",
+    "long-prompts",
     ...LOAD_FLAGS,
   ];
   const flags = parseFlags(args, values, [], ["json", "edge"]);
@@ -246,9 +272,10 @@ export async function benchCommand(args: string[], signal: AbortSignal): Promise
     const draft = options.draft ?? join(options.model, "draft");
     Object.assign(options, { model: await inflated(like, options.model, draft, signal), draft: undefined });
   }
+  if (flags.crowd !== undefined) return onCrowd(flags, options, signal);
   if (LOAD_FLAGS.some((name) => flags[name] !== undefined))
     return benchLoad(flags, options, all.map(({ concurrency }) => concurrency!), signal); // biome-ignore format: one call
-  if (options.device === "cuda") return onCuda(flags, options, rounds, signal);
+  if (options.device === "cuda") return onCuda(flags, { ...options, prefixBytes: undefined }, rounds, signal);
   const contenders = contendersOf(
     options,
     like

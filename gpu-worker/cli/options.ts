@@ -88,11 +88,10 @@ export function engineOptions(flags: Flags): EngineOptions {
   const prefixMiB = number(flags, "prefix-cache", { min: 0, max: 2 ** 20 });
   if (prefixMiB !== undefined && device === "webgpu") throw new UsageError("--prefix-cache is not for --device webgpu");
   const kvMiB = number(flags, "kv-cache", { min: 1, max: 2 ** 20 });
-  if (kvMiB !== undefined && device !== undefined && device !== "cpu")
-    throw new UsageError("--kv-cache is for --device cpu");
+  if (kvMiB !== undefined && device === "webgpu") throw new UsageError("--kv-cache is not for --device webgpu");
   const concurrency = number(flags, "concurrency", { min: 1, max: MOST_SEQUENCES });
-  if ((concurrency ?? 1) > 1 && device !== undefined && device !== "cpu")
-    throw new UsageError(`--concurrency is ${concurrency}; more than 1 is for --device cpu, not yet for ${device}`);
+  if ((concurrency ?? 1) > 1 && device === "webgpu")
+    throw new UsageError(`--concurrency is ${concurrency}; more than 1 is not for --device webgpu`);
   const draftVocabulary = number(flags, "draft-vocab", { min: 0 });
   if (draftVocabulary && draftVocabulary < LEAST_VOCABULARY)
     throw new UsageError(`--draft-vocab is ${draftVocabulary}; it must be 0, for all, or at least ${LEAST_VOCABULARY}`);

@@ -13,9 +13,10 @@ export const SERVE_HELP = `vispec serve [--port N] [--host ADDRESS] [--max-waiti
   [--image-urls off|public|any] [--model DIR] [--draft DIR] [--drafter vispec|none]
   [--total-token N --depth N --top-k-draft N] [--device cpu|cuda|webgpu] [--threads N] [--context N] [--dtype bf16|f16|f32] [--draft-vocab N]
   [--prefix-cache MIB]: what is kept of prompts for others that begin alike; 512 by default (4,096 on CUDA), 0 keeps nothing
-  [--kv-cache MIB]: keys and values of what is decoded at once, on the CPU; requests wait, or are computed again, where they
-    do not fit; no bound by default
-  [--concurrency N]: requests that are decoded at once, on the CPU; by default 8 where weights are under 1 GB, else 1
+  [--kv-cache MIB]: keys and values of what is decoded at once; requests wait, or are computed again, where they do not
+    fit; by default no bound, on CUDA 60 % of what is free
+  [--concurrency N]: requests that are decoded at once, 16 at most; by default 16 on CUDA, on the CPU 8 where weights are
+    under 1 GB, else 1
   npm start takes the same but for --port (PORT) and --host; API_KEYS and CORS_ORIGINS are the edge's.
   WORKER_SECRET is what edge and worker share; a --host that is not this machine alone needs it.
   SIGTERM refuses new requests, and ends when those under way are answered, after --drain seconds at the latest.`;

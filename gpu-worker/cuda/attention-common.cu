@@ -1,13 +1,15 @@
-// Attention of one layer over its KV cache, with rotary positions, for chunks of a prompt and for trees of up to 128
-// tokens: what the kernels for 16 bits (attention-tiles.cu, attention-join.cu and attention.cu, in this order) and those
-// for f32 (attention-f32.cu) share.
+// Attention of one layer over the KV caches of several sequences, with rotary positions, for chunks of a prompt and for
+// trees of up to 128 tokens: what the kernels for 16 bits (attention-tiles.cu, attention-join.cu and attention.cu, in
+// this order) and those for f32 (attention-f32.cu) share.
 //
-// Everything that changes from pass to pass is read from device memory (`control`, `positions`, `mask`), so a captured
-// launch serves every length. Token t's keys and values go to cache row past + first + t. It sees the columns before
-// `past` and, if causal, those up to its own; else column past + j where bit j of its mask is set.
+// Everything that changes from pass to pass is read from device memory (`control`, `positions`, `mask`, `tables`), so a
+// captured launch serves every length, and sequences wherever they lie. Token t's keys and values go to row past + first
+// + t of its sequence. It sees the columns before `past` and, if causal, those up to its own; else column past + j where
+// bit j of its mask is set.
 //
-// Rows of the cache that no token sees may hold anything; a token that sees nothing gets zeros. `capacity` must be past
-// + first + tokens or more: what lies beyond is left out.
+// The rows of a sequence lie in blocks of 64, row c in block table[c / 64]; a block holds the rows of all KV heads and
+// layers. Rows that no token sees may hold anything; a token that sees nothing gets zeros. The table must reach past +
+// first + tokens rows: what lies beyond is left out.
 // Defines: HEAD (a multiple of 16, at most 128) and one of F16, BF16, F32. attention.ts chooses the grids.
 
 #if F32
@@ -21,29 +23,57 @@ using u64 = unsigned long long;
 constexpr int HALF = HEAD / 2;
 /** A thread turns eight elements and their partners half a head on: so many such items make a head. */
 constexpr int ITEMS = HEAD / 16;
+/** Rows of a block of the cache. */
+constexpr int BLOCK_ROWS = 64;
 /** The score of a column that is not seen: below any, and finite, so that no difference is NaN. */
 constexpr float NOTHING = -1e38f;
 
-/** qkv, out: [tokens,(heads + 2 kvHeads) HEAD], [tokens,heads HEAD]; keys, values: [kvHeads,capacity,HEAD]. */
+/** What every kernel gets; what is a sequence's begins with that of the first. `width`: blocks in a slot's table. */
+#define INPUTS                                                                                                       \
+  const value *qkv, const value *bias, value *keys, value *values, const float *cos, const float *sin,               \
+      const int *positions, const int *mask, const int *control, const int *tables, value *out, uint4 *partials,     \
+      float2 *sums, int tokens, int heads, int kvHeads, int width, int blockStride, int angleStride
+#define GIVEN                                                                                                        \
+  qkv, bias, keys, values, cos, sin, positions, mask, control, tables, out, partials, sums, tokens, heads, kvHeads,  \
+      width, blockStride, angleStride
+
+/**
+ * A sequence's part. qkv, out: [tokens,(heads + 2 kvHeads) HEAD], [tokens,heads HEAD]; keys, values: those of block 0,
+ * [kvHeads,BLOCK_ROWS,HEAD], and `blockStride` elements on those of the next.
+ */
 struct Pass {
+  /** past, first, causal, slot. */
+  int4 control;
   const value *qkv, *bias;
   value *keys, *values;
   const float *cos, *sin;
-  const int *positions, *mask, *control;
+  const int *positions, *mask, *table;
   value *out;
-  /** What splits leave for `combine` (attention-join.cu): [kvHeads,rows,splits,CHUNKS], [kvHeads,rows,splits]. */
+  /**
+   * What splits leave for `combine` (attention-join.cu), of all sequences: [sequences,kvHeads,rows,splits,CHUNKS],
+   * [sequences,kvHeads,rows,splits].
+   */
   uint4 *partials;
   float2 *sums;
-  int tokens, heads, kvHeads, capacity;
-};
+  /** capacity: columns that the table has room for. */
+  int sequence, tokens, heads, kvHeads, blockStride, capacity;
 
-#define INPUTS                                                                                                       \
-  const value *qkv, const value *bias, value *keys, value *values, const float *cos, const float *sin,               \
-      const int *positions, const int *mask, const int *control, value *out, uint4 *partials, float2 *sums,          \
-      int tokens, int heads, int kvHeads, int capacity
-#define PASS                                                                                                         \
-  Pass{qkv,     bias, keys,     values, cos,    sin,   positions, mask,                                               \
-       control, out,  partials, sums,   tokens, heads, kvHeads,   capacity}
+  __device__ Pass(int sequence, INPUTS)
+      : control(((const int4*)control)[sequence]),
+        qkv(qkv + (size_t)sequence * tokens * (heads + 2 * kvHeads) * HEAD), bias(bias), keys(keys), values(values),
+        cos(cos + (size_t)this->control.w * angleStride), sin(sin + (size_t)this->control.w * angleStride),
+        positions(positions + sequence * tokens), mask(mask + sequence * tokens * 4),
+        table(tables + this->control.w * width), out(out + (size_t)sequence * tokens * heads * HEAD),
+        partials(partials), sums(sums), sequence(sequence), tokens(tokens), heads(heads), kvHeads(kvHeads),
+        blockStride(blockStride), capacity(width * BLOCK_ROWS) {}
+
+  /** The block of a column below the capacity. */
+  __device__ int blockOf(int column) const { return table[column / BLOCK_ROWS]; }
+  /** Elements from `keys` or `values` to a KV head's row of a column that lies in `block`. */
+  __device__ long long rowAt(int block, int kv, int column) const {
+    return (long long)block * blockStride + (kv * BLOCK_ROWS + column % BLOCK_ROWS) * HEAD;
+  }
+};
 
 struct Eight {
   float x[8];
@@ -129,16 +159,16 @@ struct Item {
   }
 };
 
-/** Puts the keys and values of all tokens into the cache; one thread an item. */
+/** Puts the keys and values of all tokens into the cache; one thread an item, gridDim.y = sequences. */
 extern "C" __global__ void store(INPUTS) {
   awaitInputs();
-  const Pass p = PASS;
+  const Pass p(blockIdx.y, GIVEN);
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int d = i % ITEMS * 8, kv = i / ITEMS % kvHeads, token = i / ITEMS / kvHeads;
   if (token >= tokens) return;
-  const int column = control[0] + control[1] + token;
-  if (column >= capacity) return;
-  const size_t at = ((size_t)kv * capacity + column) * HEAD + d;
+  const int column = p.control.x + p.control.y + token;
+  if (column >= p.capacity) return;
+  const long long at = p.rowAt(p.blockOf(column), kv, column) + d;
   Item(p, token, kv, d).write(keys + at, values + at);
 }
 

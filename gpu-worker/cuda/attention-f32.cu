@@ -1,13 +1,13 @@
 // Attention in f32, for comparison with other devices. attention-common.cu goes before.
 
-/** Correct rather than fast: a block a row, gridDim = (heads, tokens); 16 groups of 8 lanes, a column each. */
+/** Correct, not fast: a block a row, gridDim = (heads, tokens, sequences); 16 groups of 8 lanes, a column each. */
 extern "C" __global__ void __launch_bounds__(128) attend(INPUTS) {
   awaitInputs();
-  const Pass p = PASS;
+  const Pass p(blockIdx.z, GIVEN);
   __shared__ float query[HEAD], part[16][HEAD], tops[16], totals[16];
   const int head = blockIdx.x, token = blockIdx.y, kv = head / (heads / kvHeads);
-  const int past = control[0], causal = control[2], group = threadIdx.x / 8, lane = threadIdx.x % 8;
-  const int stop = min(capacity, past + (causal ? token + 1 : min(128, control[1] + tokens)));
+  const int past = p.control.x, causal = p.control.z, group = threadIdx.x / 8, lane = threadIdx.x % 8;
+  const int stop = min(p.capacity, past + (causal ? token + 1 : min(128, p.control.y + tokens)));
   const Bits bits = causal ? Bits{0, 0} : bitsOf(p, token);
   if (threadIdx.x < ITEMS) {
     Eight low, high;
@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(128) attend(INPUTS) {
   for (int base = 0; base < stop; base += 16) {
     const int column = base + group;
     const bool seen = column < stop && (causal || column < past || bits.has(column - past));
-    const size_t at = ((size_t)kv * capacity + column) * HEAD + lane;
+    const long long at = seen ? p.rowAt(p.blockOf(column), kv, column) + lane : 0;
     float score = 0;
     for (int i = 0; i < HEAD / 8; i++) score += seen ? query[lane + i * 8] * keys[at + i * 8] : 0;
     for (int i = 1; i < 8; i *= 2) score += __shfl_xor_sync(~0u, score, i);
@@ -43,5 +43,5 @@ extern "C" __global__ void __launch_bounds__(128) attend(INPUTS) {
     sum += weight * totals[i];
     result += weight * part[i][threadIdx.x];
   }
-  out[((size_t)token * heads + head) * HEAD + threadIdx.x] = sum != 0 ? result / sum : 0;
+  p.out[((size_t)token * heads + head) * HEAD + threadIdx.x] = sum != 0 ? result / sum : 0;
 }

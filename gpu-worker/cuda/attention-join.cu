@@ -89,13 +89,13 @@ __device__ void join(const uint4* parts, const float2* sums, int splits, int chu
   writeChunk(row, chunk, make_uint4(both(0), both(2), both(4), both(6)));
 }
 
-/** Joins the splits of each row; a thread a chunk, gridDim.x = rows of all KV heads * CHUNKS / 128. */
+/** Joins the splits of each row; a thread a chunk, gridDim = (rows of all KV heads * CHUNKS / 128, sequences). */
 extern "C" __global__ void __launch_bounds__(128) combine(INPUTS, int splits) {
   awaitInputs();
-  const Pass p = PASS;
+  const Pass p(blockIdx.y, GIVEN);
   const int i = blockIdx.x * 128 + threadIdx.x, at = i / CHUNKS, rows = tokens * (heads / kvHeads);
   if (at >= rows * kvHeads) return;
-  const size_t first = (size_t)at * splits;
+  const size_t first = ((size_t)p.sequence * rows * kvHeads + at) * splits;
   join(partials + first * CHUNKS, sums + first, splits, i % CHUNKS, outputRow(p, at / rows, at % rows));
 }
 
@@ -163,7 +163,8 @@ __device__ void finish(const Pass& p, const Share& s, Rows& r, value* memory, ui
   for (int i = 0; i < 2; i++) {
     const int local = warp % RW * 16 + lane / 4 + 8 * i, row = s.row0 + local, owner = local / OWN;
     if (row >= s.rows) continue;
-    const size_t at = SPLITS > 1 ? local % OWN * SPLITS + s.split : ((size_t)s.kv * s.rows + row) * s.splits + s.split;
+    const size_t at = SPLITS > 1 ? local % OWN * SPLITS + s.split
+                                 : ((size_t)(p.sequence * p.kvHeads + s.kv) * s.rows + row) * s.splits + s.split;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
       if (g % CW != warp / RW) continue;

@@ -37,22 +37,32 @@ __device__ float power(float x) {
   return y;
 }
 
+/** Where a block of threads works: which sequence, and the first of its rows of one KV head's queries. */
+struct Place {
+  int sequence, row0;
+
+  __device__ Place(int tokens, int group, int height) {
+    const u32 tiles = (tokens * group + height - 1) / height;
+    sequence = blockIdx.z / tiles;
+    row0 = (tiles - 1 - blockIdx.z % tiles) * height; // a causal prompt's long rows come first
+  }
+};
+
 /** A block's share: rows from `row0` of one KV head's queries, columns start … stop-1. */
 struct Share {
   int kv, group, rows, row0, split, splits;
   int past, fresh, causal, start, stop, tiles;
 
   /** `stored`: the new columns are in the cache, so columns that no row of the block sees may be left out. */
-  __device__ Share(const Pass& p, const int4& control, int height, bool stored) {
+  __device__ Share(const Pass& p, int row0, int height, bool stored) : row0(row0) {
     kv = blockIdx.x;
     split = blockIdx.y;
     splits = gridDim.y;
     group = p.heads / p.kvHeads;
     rows = p.tokens * group;
-    row0 = (gridDim.z - 1 - blockIdx.z) * height; // a causal prompt's long rows come first
-    past = control.x;
-    fresh = past + control.y;
-    causal = control.z;
+    past = p.control.x;
+    fresh = past + p.control.y;
+    causal = p.control.z;
     const int length = min(fresh + p.tokens, p.capacity), units = (length + 15) / 16;
     const int last = (row0 + height - 1) / group;
     start = units * split / splits * 16;
@@ -63,20 +73,34 @@ struct Share {
   __device__ int base(int i) const { return start + (tiles - 1 - i) * TILE; }
 };
 
+/** The blocks of the cache in which a tile's first and last columns lie, and so all of them. */
+struct Blocks {
+  int first, last;
+};
+/** Of the tile from `base`, which need not be in the table. */
+__device__ Blocks blocksAt(const Pass& p, int base) {
+  const auto of = [&](int column) { return p.blockOf(min(max(column, 0), p.capacity - 1)); };
+  return {of(base), of(base + TILE - 1)};
+}
+
 /** Starts the copy of a tile's cached columns; zeros stand for those that no token sees, which may hold anything. */
 template <int THREADS>
-__device__ void copyTile(const Pass& p, const Share& s, const Bits& seen, bool stored, int base, value* stage) {
+__device__ void copyTile(const Pass& p, const Share& s, const Bits& seen, const Blocks& blocks, bool stored, int base,
+                         value* stage) {
   constexpr int PIECES = ITEMS * 2, STEP = THREADS / PIECES; // of 16 bytes in a row; rows that all threads copy at once
-  const size_t head = (size_t)s.kv * p.capacity;
   if (THREADS % PIECES == 0 && TILE % STEP == 0 && base + TILE <= (stored ? s.stop : min(s.past, s.stop))) {
     const int column = threadIdx.x / PIECES, d = threadIdx.x % PIECES * 8;
-    const size_t from = (head + base + column) * HEAD + d;
+    const int edge = BLOCK_ROWS - base % BLOCK_ROWS - column; // from here on rows lie in the last block
+    const long long from = p.rowAt(blocks.first, s.kv, base) + column * HEAD + d;
+    const long long beyond = from + (long long)(blocks.last - blocks.first) * p.blockStride - BLOCK_ROWS * HEAD;
     const value *keys = p.keys + from, *values = p.values + from;
+    const value *keysBeyond = p.keys + beyond, *valuesBeyond = p.values + beyond;
     value* to = stage + column * STRIDE + d;
 #pragma unroll
-    for (int i = 0; i < TILE; i += STEP) copy16(to + i * STRIDE, keys + i * HEAD, true);
+    for (int i = 0; i < TILE; i += STEP) copy16(to + i * STRIDE, (i < edge ? keys : keysBeyond) + i * HEAD, true);
 #pragma unroll
-    for (int i = 0; i < TILE; i += STEP) copy16(to + (TILE + i) * STRIDE, values + i * HEAD, true);
+    for (int i = 0; i < TILE; i += STEP)
+      copy16(to + (TILE + i) * STRIDE, (i < edge ? values : valuesBeyond) + i * HEAD, true);
     return;
   }
 #pragma unroll 2
@@ -84,7 +108,8 @@ __device__ void copyTile(const Pass& p, const Share& s, const Bits& seen, bool s
     const int column = base + i / PIECES, d = i % PIECES * 8;
     if (!stored && column >= s.fresh && column < s.stop) continue;
     const bool real = column < s.stop && (column < s.past || s.causal || seen.has(column - s.past));
-    const size_t from = (head + (real ? column : 0)) * HEAD + d;
+    const int block = column / BLOCK_ROWS == base / BLOCK_ROWS ? blocks.first : blocks.last;
+    const long long from = real ? p.rowAt(block, s.kv, column) + d : 0;
     value* to = stage + (column - base) * STRIDE + d;
     copy16(to, p.keys + from, real);
     copy16(to + TILE * STRIDE, p.values + from, real);
@@ -124,8 +149,8 @@ template <int HEIGHT, int THREADS> struct Queries {
   static constexpr int N = (HEIGHT * ITEMS + THREADS - 1) / THREADS;
   Piece pieces[N];
 
-  __device__ Queries(const Pass& p) {
-    const int group = p.heads / p.kvHeads, row0 = (gridDim.z - 1 - blockIdx.z) * HEIGHT;
+  __device__ Queries(const Pass& p, int row0) {
+    const int group = p.heads / p.kvHeads;
 #pragma unroll
     for (int n = 0; n < N; n++) {
       const int i = min(threadIdx.x + n * THREADS, HEIGHT * ITEMS - 1);
@@ -154,7 +179,8 @@ template <int HEIGHT, int THREADS> struct Queries {
 template <int THREADS> struct Columns {
   static constexpr int N = 2;
   Piece pieces[N];
-  int from, count;
+  /** Where in the cache the pieces go. */
+  int blocks[N], from, count;
 
   __device__ Columns(const Pass& p, const Share& s) {
     from = max(s.start, s.fresh);
@@ -167,6 +193,7 @@ template <int THREADS> struct Columns {
       const int i = min(first + n * THREADS, 2 * count * ITEMS - 1), at = i / ITEMS;
       const int token = from - s.fresh + at % count, head = p.heads + (at < count ? 0 : p.kvHeads) + s.kv;
       pieces[n].load(p, token, head, i % ITEMS * 8);
+      blocks[n] = p.blockOf(from + at % count);
     }
   }
   __device__ void write(const Pass& p, const Share& s, value* memory) {
@@ -184,7 +211,7 @@ template <int THREADS> struct Columns {
         write8(to, low);
         write8(to + HALF, high);
         if (s.row0 != 0) continue;
-        to = (key ? p.keys : p.values) + ((size_t)s.kv * p.capacity + column) * HEAD + d;
+        to = (key ? p.keys : p.values) + p.rowAt(blocks[n], s.kv, column) + d;
         write8(to, low);
         write8(to + HALF, high);
       }

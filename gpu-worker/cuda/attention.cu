@@ -5,7 +5,7 @@
 // over the columns of a tile; the columns are split further over blocks (gridDim.y), which attention-join.cu joins.
 // Online softmax as in FlashAttention-2 (Dao, 2023).
 //
-// gridDim = (kvHeads, splits, tiles of 16 RW rows), 32 RW CW threads; shared memory as attention.ts says.
+// gridDim = (kvHeads, splits, sequences * tiles of 16 RW rows), 32 RW CW threads; shared memory as attention.ts says.
 
 /** Scores of 16 rows against WIDTH columns from `base`, whose keys begin at `keys`. */
 template <int WIDTH>
@@ -79,20 +79,30 @@ template <int WIDTH> __device__ void gather(Rows& r, const float (&c)[WIDTH / 8]
  * A block's part of attention: STAGES tiles in shared memory, in a cluster of SPLITS blocks, or 1. The last columns
  * come first: a tree's new ones, all in the first STAGES - 1 tiles, are computed while others are copied.
  */
-template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void attend(const Pass& p) {
+template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void attend(INPUTS) {
   constexpr int HEIGHT = 16 * RW, WIDTH = TILE / CW, THREADS = 32 * RW * CW;
   extern __shared__ __align__(16) value memory[];
   if (SPLITS > 1) arrive();
-  const int4 control = *(const int4*)p.control;
-  const Queries<HEIGHT, THREADS> rawQueries(p);
-  const Share s(p, control, HEIGHT, STORED);
+  const Place place(tokens, heads / kvHeads, HEIGHT);
+  const Pass p(place.sequence, GIVEN);
+  const Queries<HEIGHT, THREADS> rawQueries(p, place.row0);
+  const Share s(p, place.row0, HEIGHT, STORED);
+  Blocks blocks[STAGES];
+#pragma unroll
+  for (int i = 0; i < STAGES; i++) blocks[i] = blocksAt(p, s.base(i));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Bits seen = !s.causal && s.fresh > s.past ? seenByAny(p) : Bits{0, 0};
-  const auto fetch = [&](int i) {
-    if (i < s.tiles) copyTile<THREADS>(p, s, seen, STORED, s.base(i), memory + i % STAGES * STAGE);
+  const auto fetch = [&](int i, const Blocks& at) {
+    if (i < s.tiles) copyTile<THREADS>(p, s, seen, at, STORED, s.base(i), memory + i % STAGES * STAGE);
     commit();
   };
-  for (int i = 0; i < STAGES - 1; i++) fetch(i);
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; i++) {
+    fetch(i, blocks[0]);
+#pragma unroll
+    for (int j = 1; j < STAGES; j++) blocks[j - 1] = blocks[j]; // copies of this code would cost more than these moves
+  }
+  Blocks ahead = blocks[0]; // loaded a tile before it is needed, so that no copy waits for it
   Rows r(p, s, s.row0 + warp % RW * 16);
   value* queries = memory + (STAGES - 1) * STAGE;
   if (STORED) rawQueries.write(p, s, queries);
@@ -108,7 +118,8 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
   for (int i = 0; i < s.tiles; i++) {
     await<STAGES - 2>();
     __syncthreads();
-    fetch(i + STAGES - 1);
+    fetch(i + STAGES - 1, ahead);
+    ahead = blocksAt(p, s.base(i + STAGES));
     const int from = warp / RW * WIDTH, base = s.base(i) + from;
     if (base >= s.stop) continue;
     const value* keys = memory + i % STAGES * STAGE + from * STRIDE;
@@ -122,22 +133,25 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
 }
 
 // tree<RW>x<splits>: blocks of few rows are two to a multiprocessor, the others one, with more warps and stages.
-#define TREE(rw, cw, stages, splits, blocks)                                                                         \
-  extern "C" __global__ void CLUSTER_OF(splits) __launch_bounds__(32 * rw * cw, blocks) tree##rw##x##splits(INPUTS) { \
+#define TREE(cluster, rw, cw, stages, splits, blocks)                                                                \
+  extern "C" __global__ void cluster __launch_bounds__(32 * rw * cw, blocks) tree##rw##x##splits(INPUTS) {           \
     awaitInputs();                                                                                                   \
-    attend<rw, cw, stages, CLUSTERS ? splits : 1, false>(PASS);                                                      \
+    attend<rw, cw, stages, CLUSTERS ? splits : 1, false>(GIVEN);                                                     \
   }
-TREE(1, 4, 3, 2, 2)
-TREE(1, 4, 3, 4, 2)
-TREE(1, 4, 3, 8, 2)
-TREE(2, 4, 4, 2, 1)
-TREE(2, 4, 4, 4, 1)
-TREE(2, 4, 4, 8, 1)
-TREE(4, 2, 4, 2, 1)
-TREE(4, 2, 4, 4, 1)
-TREE(4, 2, 4, 8, 1)
+TREE(, 1, 4, 3, 1, 2)
+TREE(CLUSTER_OF(2), 1, 4, 3, 2, 2)
+TREE(CLUSTER_OF(4), 1, 4, 3, 4, 2)
+TREE(CLUSTER_OF(8), 1, 4, 3, 8, 2)
+TREE(, 2, 4, 4, 1, 1)
+TREE(CLUSTER_OF(2), 2, 4, 4, 2, 1)
+TREE(CLUSTER_OF(4), 2, 4, 4, 4, 1)
+TREE(CLUSTER_OF(8), 2, 4, 4, 8, 1)
+TREE(, 4, 2, 4, 1, 1)
+TREE(CLUSTER_OF(2), 4, 2, 4, 2, 1)
+TREE(CLUSTER_OF(4), 4, 2, 4, 4, 1)
+TREE(CLUSTER_OF(8), 4, 2, 4, 8, 1)
 
 extern "C" __global__ void __launch_bounds__(128, 2) prompt(INPUTS) {
   awaitInputs();
-  attend<4, 1, 3, 1, true>(PASS);
+  attend<4, 1, 3, 1, true>(GIVEN);
 }

@@ -27,30 +27,52 @@ export interface AttentionShape {
   headSize: number;
 }
 
+/** Rows of a block of KV cache. */
+export const BLOCK_ROWS = TILE;
+
+/** Where a decoder's rows lie: engine/cuda/memory.ts has the blocks. */
+export interface Paging {
+  /** i32 [slots, width]: the block of each 64 rows of a slot's sequence. */
+  tables: bigint;
+  width: number;
+  /** Elements from one block to the next. */
+  blockStride: number;
+  /** Elements of cos and of sin from one slot's angles to the next's; 0 where all share them. */
+  angleStride: number;
+}
+
 /** Addresses in device memory, all of 16-byte alignment; elements are of the shape's dtype unless said otherwise. */
 export interface AttentionPass {
-  /** [tokens, (heads + 2 kvHeads) headSize]: queries, keys, values of the tokens; what is added to each row, or 0n. */
+  /**
+   * [sequences, tokens, (heads + 2 kvHeads) headSize]: queries, keys, values of the tokens; what is added to each row,
+   * or 0n.
+   */
   qkv: bigint;
   bias: bigint;
-  /** [kvHeads, capacity, headSize]. Token t is written to row past + first + t, which must be below the capacity. */
+  /**
+   * [kvHeads, 64, headSize]: the layer's in block 0. Token t is written to row past + first + t of its sequence, which
+   * must be below 64 width.
+   */
   key: bigint;
   value: bigint;
-  capacity: number;
-  /** f32 [rows, headSize / 2]; i32 [tokens]: the row of each token. */
+  /** f32 [rows, headSize / 2], of slot 0; i32 [sequences, tokens]: the row of each token. */
   cos: bigint;
   sin: bigint;
   positions: bigint;
-  /** i32 [tokens, 4]: bit j says that the token sees column past + j. Not read if causal; 0n will do then. */
+  /** i32 [sequences, tokens, 4]: bit j says that the token sees column past + j. Not read if causal; 0n will do then. */
   mask: bigint;
-  /** i32 [4]: past, first, causal, unused. More than 128 tokens must be causal, and causal needs first = 0. */
+  /**
+   * i32 [sequences, 4]: past, first, causal, slot. More than 128 tokens must be causal, and causal needs first = 0. No
+   * two sequences have the same slot.
+   */
   control: bigint;
-  /** [tokens, heads headSize]. */
+  /** [sequences, tokens, heads headSize]. */
   out: bigint;
 }
 
 interface Grid {
   kernel: string;
-  /** Tiles of rows, a row being a token's head in the group of a KV head. */
+  /** Tiles of a sequence's rows, a row being a token's head in the group of a KV head. */
   tiles: number;
   /** Parts of the columns. */
   splits: number;
@@ -66,17 +88,25 @@ interface Grid {
 const PLACED = 0.85;
 
 /**
- * As many splits as the GPU holds at once, then the smallest blocks. Never depends on how many columns there are, which
- * a captured launch can't know.
+ * As many splits as the GPU holds at once, then the smallest blocks; where several sequences leave no room for two
+ * splits, one, in the blocks that the GPU is through with in the fewest turns. Never depends on how many columns there
+ * are, which a captured launch can't know.
  */
-function treeGrid({ heads, kvHeads, headSize }: AttentionShape, tokens: number, multiprocessors: number): Grid {
+function treeGrid(shape: AttentionShape, tokens: number, sequences: number, multiprocessors: number): Grid {
+  const { heads, kvHeads, headSize } = shape;
   const rows = (tokens * heads) / kvHeads;
   const heights = rows <= 16 ? ([1] as const) : ([2, 4] as const);
   const all = SPLITS.flatMap((splits) => heights.map((warps) => ({ warps, splits })));
-  const fits = ({ warps, splits }: (typeof all)[number]) =>
-    Math.ceil(rows / (16 * warps)) * kvHeads * splits <=
-    BLOCKS[warps].resident * multiprocessors * (splits > 2 ? PLACED : 1);
-  const { warps, splits } = all.find(fits) ?? all.at(-1)!;
+  type Choice = { warps: keyof typeof BLOCKS; splits: number };
+  /** The part of the GPU that all blocks of one split take. */
+  const part = (warps: Choice["warps"]) =>
+    (Math.ceil(rows / (16 * warps)) * kvHeads * sequences) / (BLOCKS[warps].resident * multiprocessors);
+  const fits = ({ warps, splits }: Choice) => part(warps) * splits <= (splits > 2 ? PLACED : 1);
+  const alone = (): Choice => {
+    const [low, high = low] = heights;
+    return { warps: Math.ceil(part(high)) < Math.ceil(part(low)) ? high : low, splits: 1 };
+  };
+  const { warps, splits }: Choice = all.find(fits) ?? (sequences === 1 ? all.at(-1)! : alone());
   const { across, stages } = BLOCKS[warps];
   const inbox = 16 * warps * (Math.ceil(headSize / 32) * 64 + 8);
   return {
@@ -88,9 +118,11 @@ function treeGrid({ heads, kvHeads, headSize }: AttentionShape, tokens: number, 
   };
 }
 
-function promptGrid({ heads, kvHeads, headSize }: AttentionShape, tokens: number, multiprocessors: number): Grid {
+function promptGrid(shape: AttentionShape, tokens: number, sequences: number, multiprocessors: number): Grid {
+  const { heads, kvHeads, headSize } = shape;
   const tiles = Math.ceil((tokens * heads) / kvHeads / 64);
-  const splits = Math.min(MAX_SPLITS, Math.max(1, Math.floor((2 * multiprocessors) / (tiles * kvHeads))));
+  const held = Math.floor((2 * multiprocessors) / (tiles * kvHeads * sequences));
+  const splits = Math.min(MAX_SPLITS, Math.max(1, held));
   const { across, stages } = PROMPT;
   return { kernel: "prompt", tiles, splits, threads: 128 * across, shared: stageBytes(headSize) * stages };
 }
@@ -118,13 +150,14 @@ function moduleOf(cuda: Cuda, { dtype, headSize }: AttentionShape): Module {
 export class Attention {
   readonly #cuda: Cuda;
   readonly #shape: AttentionShape;
+  readonly #paging: Paging;
   readonly #kernels = new Map<string, Kernel>();
   readonly #clusters: boolean;
   readonly #scratch: bigint;
   readonly #partialBytes: number;
 
   /** @throws Error for a shape that the kernels don't have. */
-  constructor(cuda: Cuda, shape: AttentionShape) {
+  constructor(cuda: Cuda, shape: AttentionShape, paging: Paging) {
     const { heads, kvHeads, headSize, dtype } = shape;
     if (headSize % 16 !== 0 || headSize > MAX_HEAD || heads % kvHeads !== 0)
       throw new Error(
@@ -133,39 +166,43 @@ export class Attention {
       );
     this.#cuda = cuda;
     this.#shape = shape;
+    this.#paging = paging;
     const module = moduleOf(cuda, shape);
-    const trees = Object.keys(BLOCKS).flatMap((warps) => SPLITS.map((splits) => `tree${warps}x${splits}`));
+    const trees = Object.keys(BLOCKS).flatMap((warps) => [...SPLITS, 1].map((splits) => `tree${warps}x${splits}`));
     const names = dtype === "f32" ? ["attend"] : [...trees, "prompt", "combine"];
     for (const name of ["store", ...names]) this.#kernels.set(name, module.kernel(name));
     this.#clusters = Number(cuda.arch.slice("sm_".length)) >= 90;
-    // What splits leave for `combine`: blocks fill the GPU at most once, with 64 rows, or a tree's rows are cut in two.
+    // What splits leave for `combine`: blocks fill the GPU at most once, with 64 rows, however many sequences there are,
+    // or the rows of one tree are cut in two.
     const parts = Math.max(2 * cuda.multiprocessors * 64, 2 * MAX_TREE * heads);
     this.#partialBytes = parts * Math.ceil(headSize / 32) * 64;
     this.#scratch = cuda.alloc(this.#partialBytes + parts * 8);
   }
 
-  /** Queues the attention of one layer for `tokens` tokens, their keys and values into the cache. */
-  launch(pass: AttentionPass, tokens: number): void {
+  /** Queues the attention of one layer for `tokens` tokens of each sequence, their keys and values into the cache. */
+  launch(pass: AttentionPass, tokens: number, sequences: number): void {
     const { dtype, heads, kvHeads, headSize } = this.#shape;
+    const { tables, width, blockStride, angleStride } = this.#paging;
     const inputs = [
       ...[pass.qkv, pass.bias, pass.key, pass.value, pass.cos, pass.sin, pass.positions, pass.mask, pass.control],
-      ...[pass.out, this.#scratch, this.#scratch + BigInt(this.#partialBytes)],
-      ...[tokens, heads, kvHeads, pass.capacity],
+      ...[tables, pass.out, this.#scratch, this.#scratch + BigInt(this.#partialBytes)],
+      ...[tokens, heads, kvHeads, width, blockStride, angleStride],
     ];
     const kernel = (name: string) => this.#kernels.get(name)!;
     const store = () =>
-      kernel("store").launch([Math.ceil((tokens * kvHeads * headSize) / 16 / 128), 1, 1], 128, 0, ...inputs);
+      kernel("store").launch([Math.ceil((tokens * kvHeads * headSize) / 16 / 128), sequences, 1], 128, 0, ...inputs);
     if (dtype === "f32") {
       store();
-      kernel("attend").launch([heads, tokens, 1], 128, 0, ...inputs);
+      kernel("attend").launch([heads, tokens, sequences], 128, 0, ...inputs);
       return;
     }
     const prompt = tokens > MAX_TREE;
-    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, tokens, this.#cuda.multiprocessors);
+    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, tokens, sequences, this.#cuda.multiprocessors);
     if (prompt) store();
-    kernel(grid.kernel).launch([kvHeads, grid.splits, grid.tiles], grid.threads, grid.shared, ...inputs);
+    const blocks = [kvHeads, grid.splits, grid.tiles * sequences] as const;
+    kernel(grid.kernel).launch(blocks, grid.threads, grid.shared, ...inputs);
     if (grid.splits === 1 || (this.#clusters && !prompt)) return;
     const chunks = tokens * heads * Math.ceil(headSize / 32) * 4;
-    kernel("combine").launch([Math.ceil(chunks / 128), 1, 1], 128, 0, ...inputs, grid.splits);
+    kernel("combine").launch([Math.ceil(chunks / 128), sequences, 1], 128, 0, ...inputs, grid.splits);
   }
 }

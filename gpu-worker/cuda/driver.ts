@@ -33,7 +33,7 @@ const PRELUDE =
 let opened: Cuda | undefined;
 
 /**
- * The first GPU. All work goes to one stream, in order; only `synchronize` and `milliseconds` wait for it. Errors of
+ * The first GPU. All work goes to one stream, in order; only `synchronize`, `milliseconds` and what `timed` gives wait for it. Errors of
  * kernels show in a later call, as CUDA has it.
  */
 export class Cuda {
@@ -169,13 +169,20 @@ export class Cuda {
 
   /** Milliseconds that the device takes for what `run` queues; waits for it. */
   milliseconds(run: () => void): number {
+    return this.timed(run)();
+  }
+
+  /** Queues what `run` does; what this gives waits for it, but not for what was queued since, and gives milliseconds. */
+  timed(run: () => void): () => number {
     this.#events ??= [get("cuEventCreate", 0), get("cuEventCreate", 0)];
     const [from, to] = this.#events;
     call("cuEventRecord", from, this.stream);
     run();
     call("cuEventRecord", to, this.stream);
-    call("cuEventSynchronize", to);
-    return get<number>("cuEventElapsedTime", from, to);
+    return () => {
+      call("cuEventSynchronize", to);
+      return get<number>("cuEventElapsedTime", from, to);
+    };
   }
 }
 

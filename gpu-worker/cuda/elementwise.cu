@@ -52,11 +52,11 @@ extern "C" __global__ void turn(void* to, const void* from, int rows, int column
     if (c0 + i < columns && r0 + x < rows) store(to, (long long)(c0 + i) * stride + at + r0 + x, tile[x][i], toType);
 }
 
-// out[r] = table[index[r]], rows of `width` values of the type; one block a row.
-extern "C" __global__ void gatherRows(void* out, const void* table, const int* index, int width, int type) {
+// out[r] = table[index[r / per]], rows of `width` values of the type; one block a row.
+extern "C" __global__ void gatherRows(void* out, const void* table, const int* index, int per, int width, int type) {
   awaitInputs();
   const int bytes = width * (type == 0 ? 4 : 2);
-  const char* from = (const char*)table + (long long)index[blockIdx.x] * bytes;
+  const char* from = (const char*)table + (long long)index[blockIdx.x / per] * bytes;
   char* to = (char*)out + (long long)blockIdx.x * bytes;
   for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) *(u32*)(to + i) = *(const u32*)(from + i);
 }
@@ -186,21 +186,29 @@ extern "C" __global__ void readAll(const uint4* from, u32* out, int n) {
   if (sum == 0x9e3779b9u) out[0] = sum;
 }
 
-// A piece of `bytes` (a multiple of 16) of each head, heads being so many bytes apart; blocks (pieces of it, heads).
-extern "C" __global__ void copyRows(char* to, const char* from, long long toHead, long long fromHead, int bytes) {
-  awaitInputs();
-  to += blockIdx.y * toHead;
-  from += blockIdx.y * fromHead;
-  for (int i = (blockIdx.x * blockDim.x + threadIdx.x) * 16; i < bytes; i += gridDim.x * blockDim.x * 16)
-    *(uint4*)(to + i) = *(const uint4*)(from + i);
-}
+// Where rows of planes lie: row r of plane p at base + p * planeBytes + r * rowBytes or, where there is a table, row
+// r % 64 so in block table[r / 64] of blockBytes.
+struct Planes {
+  char* base;
+  const int* table;
+  long long blockBytes, planeBytes;
+  __device__ char* at(int plane, int row, int rowBytes) const {
+    char* start = base + plane * planeBytes;
+    if (table) start += table[row / 64] * blockBytes, row %= 64;
+    return start + (long long)row * rowBytes;
+  }
+};
 
-// rows[length + i] = rows[from + nodes[i]] for the nodes that a cycle keeps; one block a kept row. `cycle` is tree.cu's
-// struct of counts: the length before, the number of nodes, and from its 8th word on the nodes.
-extern "C" __global__ void keepRows(void* rows, const int* cycle, int from, int bytes) {
+// Rows at, at + 1, … of every plane of `from` to rows toAt, toAt + 1, … of `to`; blocks (pieces of a plane's rows,
+// planes), a thread a piece of 16 bytes if `wide`, else 4.
+extern "C" __global__ void copyRows(Planes to, int toAt, Planes from, int at, int rows, int rowBytes, int wide) {
   awaitInputs();
-  if ((int)blockIdx.x >= cycle[1]) return;
-  const char* source = (const char*)rows + (long long)(from + cycle[8 + blockIdx.x]) * bytes;
-  char* target = (char*)rows + (long long)(cycle[0] + blockIdx.x) * bytes;
-  for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) *(u32*)(target + i) = *(const u32*)(source + i);
+  const int bytes = wide ? 16 : 4, pieces = rowBytes / bytes;
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int row = i / pieces, byte = i % pieces * bytes;
+  if (row >= rows) return;
+  const char* source = from.at(blockIdx.y, at + row, rowBytes) + byte;
+  char* target = to.at(blockIdx.y, toAt + row, rowBytes) + byte;
+  if (wide) *(uint4*)target = *(const uint4*)source;
+  else *(u32*)target = *(const u32*)source;
 }

@@ -6,20 +6,32 @@ import type { Cuda, Kernel } from "./driver.ts";
 /** Element types, as the kernels number them. */
 export type Float = "f32" | "f16" | "bf16";
 const TYPES: Record<Float, number> = { f32: 0, f16: 1, bf16: 2 };
-const NAMES = [
-  "convert",
-  "turn",
-  "gatherRows",
-  "keepRows",
-  "pairRows",
-  "gatedSilu",
-  "addRmsNorm",
-  "readAll",
-  "copyRows",
-] as const;
+const NAMES = ["convert", "turn", "gatherRows", "pairRows", "gatedSilu", "addRmsNorm", "readAll", "copyRows"] as const;
 const THREADS = 256;
 const BLOCKS = 2048;
 const TILE = 32;
+const BLOCK_ROWS = 64;
+
+/**
+ * Rows of planes: [planes][count][rowBytes], or where a table is given (i32, on the device: the block of each 64 rows)
+ * blocks of [planes][64][rowBytes], where `count` does not matter.
+ */
+export interface Planes {
+  base: bigint;
+  /** A multiple of 4. */
+  rowBytes: number;
+  planes: number;
+  count: number;
+  table?: bigint;
+  /** From one block to the next, where a block holds more than these planes. */
+  blockBytes?: number;
+}
+
+/** Their struct in elementwise.cu. */
+function argumentsOf({ base, rowBytes, planes, count, table, blockBytes }: Planes): bigint[] {
+  const planeBytes = (table === undefined ? count : BLOCK_ROWS) * rowBytes;
+  return [base, table ?? 0n, BigInt(blockBytes ?? planes * planeBytes), BigInt(planeBytes)];
+}
 
 /** Every method queues one kernel; pointers are device addresses. */
 export class Elementwise {
@@ -49,20 +61,20 @@ export class Elementwise {
     this.#kernels.turn.launch(grid, THREADS, 0, to.data, from.data, rows, columns, to.at, to.stride, ...types);
   }
 
-  /** out[r] = table[index[r]] for rows of `width` values; index i32. */
-  gatherRows(out: bigint, table: bigint, index: bigint, rows: number, width: number, type: Float): void {
-    this.#kernels.gatherRows.launch([rows, 1, 1], THREADS, 0, out, table, index, width, TYPES[type]);
+  /** out[r] = table[index[r / per]] for rows of `width` values; index i32, one for `per` rows. */
+  gatherRows(out: bigint, table: bigint, index: bigint, per: number, rows: number, width: number, type: Float): void {
+    this.#kernels.gatherRows.launch([rows, 1, 1], THREADS, 0, out, table, index, per, width, TYPES[type]);
   }
 
-  /** Rows after row `from` to the rows that a cycle keeps, as the cycle's counts say (tree.cu); rows of `bytes`. */
-  keepRows(rows: bigint, cycle: bigint, from: number, bytes: number, most: number): void {
-    this.#kernels.keepRows.launch([most, 1, 1], THREADS, 0, rows, cycle, from, bytes);
-  }
-
-  /** A piece of `bytes` (a multiple of 16) of each head from one memory to another; heads are so many bytes apart. */
-  copyRows(to: bigint, from: bigint, heads: number, toHead: number, fromHead: number, bytes: number): void {
-    const grid = [Math.min(64, Math.ceil(bytes / 16 / THREADS)), heads, 1] as const;
-    this.#kernels.copyRows.launch(grid, THREADS, 0, to, from, BigInt(toHead), BigInt(fromHead), bytes);
+  /** Rows at … at + rows of every plane to rows toAt and on of another memory's; none is both read and written. */
+  copyRows(to: Planes, toAt: number, from: Planes, at: number, rows: number): void {
+    const { rowBytes, planes } = from;
+    if (to.rowBytes !== rowBytes || to.planes !== planes || rowBytes % 4)
+      throw new Error(`rows of ${planes} times ${rowBytes} bytes to ${to.planes} times ${to.rowBytes}`);
+    const wide = rowBytes % 16 === 0 && ((to.base | from.base) & 15n) === 0n;
+    const grid = [Math.ceil((rows * rowBytes) / (wide ? 16 : 4) / THREADS), planes, 1] as const;
+    const [into, out] = [argumentsOf(to), argumentsOf(from)];
+    this.#kernels.copyRows.launch(grid, THREADS, 0, ...into, toAt, ...out, at, rows, rowBytes, wide ? 1 : 0);
   }
 
   /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits. */

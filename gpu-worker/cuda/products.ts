@@ -20,6 +20,8 @@ const ALIGNMENT = 16;
 /** Most algorithms that are tried (the library names some eight), and how often. */
 const CANDIDATES = 24;
 const TRIALS = 9;
+/** Rows above which the library's own choice is taken: there products cost by their arithmetic, and shapes are many. */
+const SEARCHED_ROWS = 64;
 /** What another algorithm must gain over the library's own choice, in which noise is not. */
 const GAIN = 0.99;
 /** Read before each trial: more than any GPU's second cache holds, so that weights come from memory as in a pass. */
@@ -126,6 +128,7 @@ export class Products {
     const layout = (r: number, c: number) => make("cublasLtMatrixLayoutCreate", this.#type, r, c, r);
     const layouts = [layout(columns, inner), layout(inner, rows), layout(columns, rows)] as const;
     const plans = this.#algorithms(layouts).map((algorithm) => ({ layouts, algorithm }));
+    if (rows > SEARCHED_ROWS && plans.length > 0) return plans[0];
     const others = this.#cuda.alloc(OTHERS);
     const times = plans.map((plan) => this.#time(memory, plan, others));
     this.#cuda.free(others);

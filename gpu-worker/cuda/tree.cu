@@ -1,6 +1,7 @@
 // The draft tree on the device: the likeliest next tokens of a pass, the tree that grows from them, the inputs of the
-// passes that follow, and the rows of the cache that a cycle keeps. Lengths come from device memory, never from launch
-// parameters, so that one CUDA graph serves every cycle. Same choices as decode/drafters/vispec.ts, to the order of ties.
+// passes that follow, and the rows that are kept of a tree. A pass may be of several sequences, whose rows follow each
+// other. Lengths come from device memory, never from launch parameters, so that one CUDA graph serves every cycle. Same
+// choices as decode/drafters/vispec.ts, to the order of ties.
 // Defines: F16, BF16 or F32 (one of them, 1), the type of the logits. `tree.ts` knows the grids and owns the memory.
 
 #if F16
@@ -28,23 +29,27 @@ typedef unsigned long long u64;
 #define MAX_K 10
 #define MAX_NODES 128
 #define MAX_SEEN 1296 // K + D*K*K with K <= 10 and K*D <= 128, rounded up
-#define MAX_FRESH 16
+#define MAX_KEPT 16
+#define BLOCK_ROWS 64 // of a cache
 
-/** What the host says of a cycle: the start of tree.ts's block. */
+/** What the host says of a sequence's cycle: tree.ts's block begins with one for each. */
 struct Cycle {
-  int targetBefore; // rows of the target's cache before the move
-  int count;        // rows that it moves
-  int targetAfter;
+  int targetAfter;   // rows of the target's cache
   int draftAfter;    // rows of the draft's cache after the fresh ones
   int draftPosition; // position of the first level's nodes
   int root;          // token of the tree's root
-  int unused[2];
-  int nodes[MAX_FRESH]; // of the tree before: rows targetBefore + nodes[i] go to targetBefore + i
-  int control[4];       // of the draft's pass over the fresh rows
-  long long last;       // the last fresh row of that pass
+  int slot;
+  int unused[3];
 };
 
-/** Every node that was seen in a cycle, in order of creation, without the root: K, then K*K a level. */
+/** Rows that a sequence keeps of its last tree, as tree.ts writes them. Unused ones: from = to = 0, hiddenFrom = -1. */
+struct alignas(16) Move {
+  int from[MAX_KEPT]; // rows of keys and values
+  int to[MAX_KEPT];
+  int hiddenFrom[MAX_KEPT]; // rows of hidden states
+};
+
+/** Every node that a sequence saw in a cycle, in order of creation, without the root: K, then K*K a level. */
 struct Seen {
   double scores[MAX_SEEN]; // sums of log-probabilities from the root
   int tokens[MAX_SEEN];
@@ -203,14 +208,15 @@ __device__ float merge(const unsigned *keys, const int *indices, const float *su
 }
 
 /**
- * One level of the tree from the lists of its pass, level 0: the children of the last fresh row. Adds the rows*k
- * children to `seen`; unless it is the last level, picks the k best of them and writes their pass: ids and hiddenRows
- * [k] i64, positions [k], masks [k] over the nodes fed so far, control. `map` turns indices into tokens, null: as they
- * are. One block of 32*(MAX_K + 1) threads: a warp for each row, one for the parents.
+ * One level of every sequence's tree from the lists of its pass, level 0: the children of the last fresh row, which is
+ * row last[sequence] of that pass. Adds the rows*k children to `seen`; unless it is the last level, picks the k best of
+ * them and writes their pass: ids and hiddenRows [sequences*k] i64, positions [sequences*k], masks [sequences*k] over
+ * the nodes fed so far, control [sequences]. `map` turns indices into tokens, null: as they are. A block a sequence, of
+ * 32*(MAX_K + 1) threads: a warp for each row, one for the parents.
  */
 extern "C" __global__ void __launch_bounds__(32 * (MAX_K + 1))
-grow(const Cycle *cycle, const unsigned *keys, const int *indices, const float *sums, const int *map, Seen *seen,
-     long long *ids, long long *hiddenRows, int *positions, int4 *masks, int4 *control,
+grow(const Cycle *cycles, const long long *last, const unsigned *keys, const int *indices, const float *sums,
+     const int *map, Seen *allSeen, long long *ids, long long *hiddenRows, int *positions, int4 *masks, int4 *control,
      int slices, int k, int level, int isLast) {
   awaitInputs();
   __shared__ uint2 held[MAX_K][MAX_SLICES * MAX_K];
@@ -220,10 +226,12 @@ grow(const Cycle *cycle, const unsigned *keys, const int *indices, const float *
   __shared__ double parentScores[MAX_K];
   __shared__ int parents[MAX_K];
   __shared__ int chosen[MAX_K];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, sequence = blockIdx.x;
   const int rows = level == 0 ? 1 : k, children = rows * k;
+  const Cycle *cycle = cycles + sequence;
+  Seen *seen = allSeen + sequence;
   if (warp < rows) {
-    int list = warp * slices, index;
+    int list = (sequence * rows + warp) * slices, index;
     float logProb = merge(keys + list * k, indices + list * k, sums + list, slices, k, held[warp], index);
     if (lane < k) {
       logProbs[warp * k + lane] = logProb;
@@ -255,32 +263,35 @@ grow(const Cycle *cycle, const unsigned *keys, const int *indices, const float *
 
   const int first = level * k;
   if (thread < k) {
-    int child = chosen[thread], row = child / k;
+    int child = chosen[thread], row = child / k, out = sequence * k + thread;
     int4 mask = level == 0 ? make_int4(0, 0, 0, 0) : seen->fed[first - k + row];
     setBit(mask, first + thread);
     seen->beams[thread] = before + child;
     seen->fed[first + thread] = mask;
-    ids[thread] = tokens[child];
-    hiddenRows[thread] = level == 0 ? cycle->last : row;
-    positions[thread] = cycle->draftPosition + level;
-    masks[thread] = mask;
+    ids[out] = tokens[child];
+    hiddenRows[out] = level == 0 ? last[sequence] : sequence * k + row;
+    positions[out] = cycle->draftPosition + level;
+    masks[out] = mask;
   }
-  if (thread == 0) *control = make_int4(cycle->draftAfter, first, 0, 0);
+  if (thread == 0) control[sequence] = make_int4(cycle->draftAfter, first, 0, cycle->slot);
 }
 
 /**
- * Keeps the nodes-1 best of the `count` nodes seen, in order of creation, the root first: the target's pass (ids [nodes]
- * i64, positions, masks over the nodes, control) and the tree for the host (tokens, parents, depths, scores [nodes]).
- * Fewer are padded with children of the root whose token is -1 (id 0). One block of 1,024 threads.
+ * Keeps the nodes-1 best of the `count` nodes that each sequence saw, in order of creation, the root first: the
+ * target's pass (ids [sequences*nodes] i64, positions, masks over the sequence's nodes, control [sequences]) and the
+ * trees for the host (tokens, parents, depths, scores [sequences*nodes]). Fewer are padded with children of the root
+ * whose token is -1 (id 0). A block a sequence, of 1,024 threads.
  */
 extern "C" __global__ void __launch_bounds__(1024)
-finish(const Cycle *cycle, const Seen *seen, long long *ids, int *positions, int4 *masks, int4 *control,
+finish(const Cycle *cycles, const Seen *allSeen, long long *ids, int *positions, int4 *masks, int4 *control,
        int *tokens, int *parents, int *depths, float *scores, int nodes, int count) {
   awaitInputs();
   __shared__ u64 order[MAX_SEEN];
   __shared__ int above[MAX_SEEN], ranks[MAX_SEEN], places[MAX_SEEN];
   __shared__ int kept[MAX_NODES];
   const int thread = threadIdx.x, keep = min(nodes - 1, count);
+  const Cycle *cycle = cycles + blockIdx.x;
+  const Seen *seen = allSeen + blockIdx.x;
   for (int i = thread; i < count; i += blockDim.x) {
     order[i] = keyOf(seen->scores[i]);
     above[i] = seen->parents[i];
@@ -317,35 +328,59 @@ finish(const Cycle *cycle, const Seen *seen, long long *ids, int *positions, int
   setBit(mask, place);
   for (int i = parent; i >= 0; i = above[i], depth++) setBit(mask, places[i]);
   const int token = node >= 0 ? seen->tokens[node] : place == 0 ? cycle->root : -1;
-  ids[place] = token < 0 ? 0 : token;
-  positions[place] = cycle->targetAfter + depth;
-  masks[place] = mask;
-  tokens[place] = token;
-  parents[place] = place == 0 ? -1 : parent < 0 ? 0 : places[parent];
-  depths[place] = depth;
-  scores[place] = node >= 0 ? (float)seen->scores[node] : place == 0 ? 0.0f : __uint_as_float(0xff800000u);
-  if (thread == 0) *control = make_int4(cycle->targetAfter, 0, 0, 0);
+  const int out = blockIdx.x * nodes + place;
+  ids[out] = token < 0 ? 0 : token;
+  positions[out] = cycle->targetAfter + depth;
+  masks[out] = mask;
+  tokens[out] = token;
+  parents[out] = place == 0 ? -1 : parent < 0 ? 0 : places[parent];
+  depths[out] = depth;
+  scores[out] = node >= 0 ? (float)seen->scores[node] : place == 0 ? 0.0f : __uint_as_float(0xff800000u);
+  if (thread == 0) control[blockIdx.x] = make_int4(cycle->targetAfter, 0, 0, cycle->slot);
 }
 
 /**
- * Moves the kept rows of every cache [heads,capacity,columns*16 bytes] together. A thread reads all rows of its column
- * before it writes any. Grid (heads*columns / 128, caches), 128 threads.
+ * Moves kept rows to their places in a pool [blocks,planes,BLOCK_ROWS,columns] of 16 bytes. A thread reads all rows of
+ * its plane and column before it writes any, since a row's place may be another's. Grid (planes*columns / 128, moves),
+ * 128 threads.
  */
 extern "C" __global__ void __launch_bounds__(128)
-moveRows(uint4 *const *caches, const Cycle *cycle, int heads, int columns, int capacity) {
+moveRows(const Move *moves, uint4 *pool, int planes, int columns, long long blockPieces) {
   awaitInputs();
   const int at = blockIdx.x * 128 + threadIdx.x;
-  if (at >= heads * columns) return;
-  const size_t row = (size_t)(at / columns) * capacity + cycle->targetBefore;
-  uint4 *cache = caches[blockIdx.y] + row * columns + at % columns;
-  const int count = min(cycle->count, MAX_FRESH);
-  uint4 held[MAX_FRESH];
+  if (at >= planes * columns) return;
+  const Move move = moves[blockIdx.y];
+  pool += (size_t)(at / columns) * BLOCK_ROWS * columns + at % columns;
+  const auto pieceOf = [&](unsigned row) {
+    return pool + row / BLOCK_ROWS * (size_t)blockPieces + row % BLOCK_ROWS * (size_t)columns;
+  };
+  uint4 held[MAX_KEPT];
   #pragma unroll
-  for (int i = 0; i < MAX_FRESH; i++) {
-    if (i < count && cycle->nodes[i] != i) held[i] = cache[(size_t)cycle->nodes[i] * columns];
+  for (int i = 0; i < MAX_KEPT; i++) {
+    if (move.from[i] != move.to[i]) held[i] = *pieceOf(move.from[i]);
   }
   #pragma unroll
-  for (int i = 0; i < MAX_FRESH; i++) {
-    if (i < count && cycle->nodes[i] != i) cache[(size_t)i * columns] = held[i];
+  for (int i = 0; i < MAX_KEPT; i++) {
+    if (move.from[i] != move.to[i]) *pieceOf(move.to[i]) = held[i];
   }
+}
+
+template <typename Piece> __device__ void copyRow(char *to, const char *from, int bytes) {
+  const int pieces = bytes / (int)sizeof(Piece);
+  for (int i = threadIdx.x; i < pieces; i += blockDim.x) ((Piece *)to)[i] = ((const Piece *)from)[i];
+}
+
+/**
+ * hidden[to[i]] = hidden[hiddenFrom[i]], rows of `bytes`, a multiple of 4. No row is both read and written. Grid
+ * (MAX_KEPT, moves).
+ */
+extern "C" __global__ void keepRows(const Move *moves, char *hidden, int bytes) {
+  awaitInputs();
+  const Move &move = moves[blockIdx.y];
+  const int source = move.hiddenFrom[blockIdx.x];
+  if (source < 0) return;
+  const char *from = hidden + (size_t)source * bytes;
+  char *to = hidden + (size_t)move.to[blockIdx.x] * bytes;
+  if (bytes % 16 == 0) copyRow<uint4>(to, from, bytes);
+  else copyRow<unsigned>(to, from, bytes);
 }

@@ -1,6 +1,6 @@
 /**
- * ViSpec's tree as kernels (tree.cu): their grids, and the memory of a cycle of one shape. The only place that knows how
- * that memory is laid out. Knows no graph, no session and no model.
+ * ViSpec's tree as kernels (tree.cu): their grids, and the memory of a cycle of one shape and of several sequences. The
+ * only place that knows how that memory is laid out. Knows no graph, no session and no model.
  */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -15,23 +15,33 @@ const HELD = 32;
 const MAX_SLICES = 32;
 const MAX_TOP_K = 10;
 const MAX_NODES = 128;
-const MAX_FRESH = 16;
+const MAX_KEPT = 16;
 /** Bytes of its struct Seen. */
 const SEEN_BYTES = 1296 * 16 + 16 * 4 + MAX_NODES * 16;
-/** Its struct Cycle, in 32-bit words. The counts are its first six. */
-const CYCLE = { nodes: 8, control: 24, last: 28, words: 32 };
+/** Its structs Cycle and Move, in 32-bit words. */
+const CYCLE_WORDS = 8;
+const MOVE_WORDS = 3 * MAX_KEPT;
 
-/** What a cycle begins with; lengths and rows are counted before it. */
+/** Most fresh rows: as many as a cycle keeps. */
+const MAX_FRESH = MAX_KEPT;
+/** Rows of logits up to which slices are small. */
+const FEW_ROWS = 16;
+
+/** What a sequence's cycle begins with. */
 export interface CycleStart {
-  /** Rows of the target's cache, and the nodes of the last tree to keep there, rising: all rows that are fresh. */
-  target: { length: number; nodes: readonly number[] };
-  /** Rows of the draft's cache, and the position where its rows go on. */
+  slot: number;
+  /** Rows of the target's cache. */
+  length: number;
+  /** Rows of the draft's cache, and the position where its rows go on; both without the fresh ones. */
   draft: { length: number; position: number };
-  /** The draft's fresh rows: rows of the target's hidden states, and the token after each; the last one is the root. */
+  /** The draft's fresh rows: absolute rows of hidden states, and the token after each; the last one is the root. */
   fresh: Fresh;
 }
 
-/** Addresses of what a pass reads: ids [n] i64, positions [n], masks [n,4], control [4] i32. */
+/**
+ * Addresses of what a pass reads of its n rows, equally many a sequence: ids [n] i64, positions [n], masks [n,4] i32;
+ * and of each sequence: control [sequences,4] i32.
+ */
 export interface PassInputs {
   ids: bigint;
   positions: bigint;
@@ -71,10 +81,20 @@ function layout<Name extends string>(start: number, sizes: Record<Name, number>)
 }
 
 /** Where everything of a shape lies: what the host writes, what it reads, what only the device sees. */
-function memoryOf({ totalToken: n, topK: k }: TreeShape, rows: number) {
+function memoryOf({ totalToken, topK }: TreeShape, freshRows: number, sequences: number) {
+  const [n, k, rows] = [totalToken * sequences, topK * sequences, freshRows * sequences];
   const ints = (count: number) => count * 4;
-  const pass = (count: number) => ({ ids: count * 8, positions: ints(count), masks: ints(count * 4) });
-  const input = layout(0, { cycle: ints(CYCLE.words), ...pass(rows), hiddenRows: rows * 8 });
+  const longs = (count: number) => count * 8;
+  const control = ints(4 * sequences);
+  const pass = (count: number) => ({ ids: longs(count), positions: ints(count), masks: ints(count * 4) });
+  const input = layout(0, {
+    cycles: ints(CYCLE_WORDS * sequences),
+    slots: ints(sequences),
+    control,
+    last: longs(sequences),
+    ...pass(rows),
+    hiddenRows: longs(rows),
+  });
   const results = layout(input.end, {
     tokens: ints(n),
     parents: ints(n),
@@ -82,11 +102,11 @@ function memoryOf({ totalToken: n, topK: k }: TreeShape, rows: number) {
     scores: n * 4,
     best: ints(n),
   });
-  const level = layout(results.end, { ...pass(k), hiddenRows: k * 8, control: ints(4) });
-  const verify = layout(level.end, { ...pass(n), control: ints(4) });
-  const lists = Math.max(k * k, n) * MAX_SLICES;
+  const level = layout(results.end, { ...pass(k), hiddenRows: longs(k), control });
+  const verify = layout(level.end, { ...pass(n), control });
+  const lists = Math.max(k * topK, n) * MAX_SLICES;
   const sums = Math.max(k, n) * MAX_SLICES * 4;
-  const work = layout(verify.end, { seen: SEEN_BYTES, keys: ints(lists), indices: ints(lists), sums });
+  const work = layout(verify.end, { seen: SEEN_BYTES * sequences, keys: ints(lists), indices: ints(lists), sums });
   return { input, results, level, verify, work };
 }
 
@@ -95,19 +115,25 @@ function addresses<Name extends string>(base: bigint, at: Record<Name, number>):
   return Object.fromEntries(entries) as Record<Name, bigint>;
 }
 
-/** The memory of cycles of one shape, on the host and on the device. Every address stays, so a graph can hold it. */
+/**
+ * The memory of cycles of one shape and so many sequences, on the host and on the device. Every address stays, so a
+ * graph can hold it. Arrays are contiguous over the sequences.
+ */
 export class CycleBlock implements Disposable {
   readonly shape: TreeShape;
-  /** Rows of the draft's first pass: the fresh ones, then padding. */
+  /** Rows of a sequence in the draft's first pass: the fresh ones, then padding. */
   readonly freshRows: number;
-  /** The draft's first pass; `last` [1] i64: the row whose candidates it should give. */
+  readonly sequences: number;
+  /** [sequences] i32: the slot of each. */
+  readonly slots: bigint;
+  /** The draft's first pass; `last` [sequences] i64: the rows of the pass whose candidates it should give. */
   readonly fresh: DraftInputs & { last: bigint };
-  /** A pass over topK rows. */
+  /** A pass over topK rows of each sequence. */
   readonly level: DraftInputs;
-  /** The target's pass over totalToken rows. */
+  /** The target's pass over totalToken rows of each sequence. */
   readonly verify: PassInputs;
-  /** For the kernels only: the cycle's counts, the nodes seen, lists of candidates. */
-  readonly work: Record<"cycle" | "seen" | "keys" | "indices" | "sums", bigint>;
+  /** For the kernels only: what the host says of each cycle, the nodes seen, lists of candidates. */
+  readonly work: Record<"cycles" | "seen" | "keys" | "indices" | "sums", bigint>;
   readonly results: Record<"tokens" | "parents" | "depths" | "scores" | "best", bigint>;
   readonly #cuda: Cuda;
   readonly #memory: ReturnType<typeof memoryOf>;
@@ -116,48 +142,55 @@ export class CycleBlock implements Disposable {
   readonly #output: Pinned;
 
   /** `freshRows`: as many as a deeper shape's cycle may leave, where shapes alternate; 16 at most. */
-  constructor(cuda: Cuda, shape: TreeShape, freshRows: number) {
+  constructor(cuda: Cuda, shape: TreeShape, freshRows: number, sequences: number) {
     checkShape(shape);
     if (freshRows < 1 || freshRows > MAX_FRESH) throw new Error(`${freshRows} fresh rows: at most ${MAX_FRESH} fit`);
     this.#cuda = cuda;
     this.shape = shape;
     this.freshRows = freshRows;
-    this.#memory = memoryOf(shape, this.freshRows);
+    this.sequences = sequences;
+    this.#memory = memoryOf(shape, freshRows, sequences);
     const { input, results, level, verify, work } = this.#memory;
     this.#base = cuda.alloc(work.end);
-    const { cycle, ...fresh } = addresses(this.#base, input.at);
-    const word = (n: number) => cycle + BigInt(n * 4);
-    this.fresh = { ...fresh, control: word(CYCLE.control), last: word(CYCLE.last) };
+    const { cycles, slots, ...fresh } = addresses(this.#base, input.at);
+    this.slots = slots;
+    this.fresh = fresh;
     this.level = addresses(this.#base, level.at);
     this.verify = addresses(this.#base, verify.at);
-    this.work = { cycle, ...addresses(this.#base, work.at) };
+    this.work = { cycles, ...addresses(this.#base, work.at) };
     this.results = addresses(this.#base, results.at);
     this.#input = cuda.pinned(input.end);
     this.#output = cuda.pinned(results.end - input.end);
   }
 
-  /** Writes what the next cycle begins with into host memory; throws when its rows do not fit. */
-  begin({ target, draft, fresh }: CycleStart): void {
+  /** Writes what each sequence's next cycle begins with into host memory; throws when its rows do not fit. */
+  begin(starts: readonly CycleStart[]): void {
+    if (starts.length !== this.sequences)
+      throw new Error(`a pass of ${this.sequences} sequences, not of ${starts.length}`);
+    for (const [i, start] of starts.entries()) this.#begin(i, start);
+  }
+
+  #begin(sequence: number, { slot, length, draft, fresh }: CycleStart): void {
     const n = fresh.rows.length;
-    const count = target.nodes.length;
     const rows = this.freshRows;
-    if (n < 1 || n > rows || n !== fresh.next.length || count > MAX_FRESH)
-      throw new Error(`a cycle of ${n} fresh rows, ${fresh.next.length} tokens and ${count} moved; ${rows} rows fit`);
+    if (n < 1 || n > rows || n !== fresh.next.length)
+      throw new Error(`a cycle of ${n} fresh rows and ${fresh.next.length} tokens; ${rows} rows fit`);
     const { buffer } = this.#input;
     const { at } = this.#memory.input;
-    const cycle = new Int32Array(buffer, at.cycle, CYCLE.words).fill(0);
-    cycle.set([target.length, count, target.length + count, draft.length + n, draft.position + n, fresh.next[n - 1]]);
-    cycle.set(target.nodes, CYCLE.nodes);
-    cycle.set([draft.length, 0, 1, 0], CYCLE.control);
-    cycle[CYCLE.last] = n - 1;
-    const ids = new BigInt64Array(buffer, at.ids, rows);
-    const hiddenRows = new BigInt64Array(buffer, at.hiddenRows, rows);
-    const positions = new Int32Array(buffer, at.positions, rows);
-    const masks = new Int32Array(buffer, at.masks, rows * 4).fill(0);
+    const ints = (start: number, count: number) => new Int32Array(buffer, start + sequence * count * 4, count);
+    const longs = (start: number, count: number) => new BigInt64Array(buffer, start + sequence * count * 8, count);
+    const root = fresh.next[n - 1];
+    ints(at.cycles, CYCLE_WORDS).set([length, draft.length + n, draft.position + n, root, slot, 0, 0, 0]);
+    ints(at.slots, 1)[0] = slot;
+    ints(at.control, 4).set([draft.length, 0, 1, slot]);
+    longs(at.last, 1)[0] = BigInt(sequence * rows + n - 1);
+    const [ids, hiddenRows] = [longs(at.ids, rows), longs(at.hiddenRows, rows)];
+    const [positions, masks] = [ints(at.positions, rows), ints(at.masks, rows * 4).fill(0)];
     for (let i = 0; i < rows; i++) {
       const real = i < n;
       ids[i] = real ? BigInt(fresh.next[i]) : 0n;
-      hiddenRows[i] = real ? BigInt(fresh.rows[i]) : 0n;
+      // Padding has the states of a row that was written: rubbish might be no number, which masks do not keep out.
+      hiddenRows[i] = BigInt(fresh.rows[real ? i : 0]);
       positions[i] = draft.position + (real ? i : 0);
       // At most 16 rows, so the first word holds every bit: a row sees those before it, padding only itself.
       masks[i * 4] = real ? 2 ** (i + 1) - 1 : 2 ** i;
@@ -175,25 +208,27 @@ export class CycleBlock implements Disposable {
     this.#cuda.download(this.#output, this.#base + BigInt(input.end), results.end - input.end);
   }
 
-  /** The tree of the last cycle that was downloaded, without padding. */
-  tree(): Tree {
+  /** Sequence i's tree of the last cycle that was downloaded, without padding. */
+  tree(i: number): Tree {
     const n = Math.min(this.shape.totalToken, 1 + seenOf(this.shape));
-    const ints = (name: "tokens" | "parents" | "depths") => [...this.#result(Int32Array, name).subarray(0, n)];
-    const scores = [...this.#result(Float32Array, "scores").subarray(0, n)];
+    const ints = (name: "tokens" | "parents" | "depths") => [...this.#result(Int32Array, name, i).subarray(0, n)];
+    const scores = [...this.#result(Float32Array, "scores", i).subarray(0, n)];
     return { tokens: ints("tokens"), parents: ints("parents"), depths: ints("depths"), scores };
   }
 
-  /** [totalToken]: the target's likeliest token after each node; valid until the next download. */
-  best(): Int32Array {
-    return this.#result(Int32Array, "best");
+  /** [totalToken]: the target's likeliest token after each of sequence i's nodes; valid until the next download. */
+  best(i: number): Int32Array {
+    return this.#result(Int32Array, "best", i);
   }
 
   #result<View>(
     view: new (buffer: ArrayBuffer, at: number, n: number) => View,
     name: keyof CycleBlock["results"],
+    i: number,
   ): View {
     const { input, results } = this.#memory;
-    return new view(this.#output.buffer, results.at[name] - input.end, this.shape.totalToken);
+    const n = this.shape.totalToken;
+    return new view(this.#output.buffer, results.at[name] - input.end + i * n * 4, n);
   }
 
   [Symbol.dispose](): void {
@@ -203,25 +238,75 @@ export class CycleBlock implements Disposable {
   }
 }
 
-/** The caches of a decoder: `pointers`, the address of an array on the device, names `count` of [heads,capacity,rowBytes]. */
-export interface Caches {
-  pointers: bigint;
-  count: number;
-  heads: number;
-  capacity: number;
-  /** Of one row of one head: a multiple of 16. */
+/** Rows that a sequence keeps of its last tree, at most 16; rows are absolute. */
+export interface Move {
+  /** Rows of keys and values, and where they belong. */
+  from: readonly number[];
+  to: readonly number[];
+  /** Rows of hidden states, which go to the same places; none of them is such a place. */
+  hiddenFrom: readonly number[];
+}
+
+/** Moves on the way to the device: of sequences whose kept rows are not in place yet. */
+export class Moves implements Disposable {
+  /** On the device. */
+  readonly pointer: bigint;
+  readonly #cuda: Cuda;
+  readonly #input: Pinned;
+  readonly #sequences: number;
+  #count = 0;
+
+  /** Room for so many. */
+  constructor(cuda: Cuda, sequences: number) {
+    this.#cuda = cuda;
+    this.#sequences = sequences;
+    this.#input = cuda.pinned(sequences * MOVE_WORDS * 4);
+    this.pointer = cuda.alloc(sequences * MOVE_WORDS * 4);
+  }
+
+  /** How many were sent last. */
+  get count(): number {
+    return this.#count;
+  }
+
+  /** Queues the copy of these to the device. Nothing may still be on its way from before. */
+  send(moves: readonly Move[]): void {
+    if (moves.length > this.#sequences) throw new Error(`${moves.length} moves; ${this.#sequences} fit`);
+    for (const [i, { from, to, hiddenFrom }] of moves.entries()) {
+      if (from.length > MAX_KEPT || to.length !== from.length || hiddenFrom.length !== from.length)
+        throw new Error(`a move of ${from.length} rows and ${hiddenFrom.length} hidden states to ${to.length} rows`);
+      const words = new Int32Array(this.#input.buffer, i * MOVE_WORDS * 4, MOVE_WORDS);
+      words.fill(0).fill(-1, 2 * MAX_KEPT);
+      for (const [part, rows] of [from, to, hiddenFrom].entries()) words.set(rows, part * MAX_KEPT);
+    }
+    this.#count = moves.length;
+    if (this.#count > 0) this.#cuda.upload(this.pointer, this.#input, this.#count * MOVE_WORDS * 4);
+  }
+
+  [Symbol.dispose](): void {
+    this.#cuda.free(this.pointer);
+    this.#cuda.freePinned(this.#input);
+  }
+}
+
+/** Keys and values of a decoder: blocks of [planes,64,rowBytes]. */
+export interface Pool {
+  pointer: bigint;
+  planes: number;
+  /** Of one row of one plane: a multiple of 16. */
   rowBytes: number;
+  blockBytes: number;
 }
 
 /** Slices of a row of logits: enough blocks to fill the device with few rows, few lists to merge with many. */
 function slicesOf(rows: number, vocabulary: number, per: number): { slices: number; slice: number } {
-  const slices = Math.min(MAX_SLICES, Math.ceil(vocabulary / (rows > MAX_FRESH ? THREADS * HELD : 2048)));
+  const slices = Math.min(MAX_SLICES, Math.ceil(vocabulary / (rows > FEW_ROWS ? THREADS * HELD : 2048)));
   return { slices, slice: Math.ceil(vocabulary / slices / per) * per };
 }
 
-/** Kernels for logits of one type; every method enqueues only, so it can be captured. */
+/** Kernels for logits of one type; every method enqueues only, so it can be captured, but for those of moves. */
 export class TreeKernels {
-  readonly #kernels: Record<"candidates" | "grow" | "finish" | "argmax" | "moveRows", Kernel>;
+  readonly #kernels: Record<"candidates" | "grow" | "finish" | "argmax" | "moveRows" | "keepRows", Kernel>;
   /** Elements of 16 bytes. */
   readonly #per: number;
 
@@ -234,45 +319,57 @@ export class TreeKernels {
       finish: module.kernel("finish"),
       argmax: module.kernel("argmax"),
       moveRows: module.kernel("moveRows"),
+      keepRows: module.kernel("keepRows"),
     };
     this.#per = dtype === "f32" ? 4 : 8;
   }
 
-  /** Moves the target's rows that the last cycle kept together. */
-  moveRows(block: CycleBlock, { pointers, count, heads, capacity, rowBytes }: Caches): void {
+  /** Puts the rows that were sent in place in a pool. */
+  moveRows(moves: Moves, { pointer, planes, rowBytes, blockBytes }: Pool): void {
     if (rowBytes % 16) throw new Error(`rows of ${rowBytes} bytes: they are moved by 16`);
+    if (moves.count === 0) return;
     const columns = rowBytes / 16;
-    const grid = [Math.ceil((heads * columns) / 128), count, 1] as const;
-    this.#kernels.moveRows.launch(grid, 128, 0, pointers, block.work.cycle, heads, columns, capacity);
+    const grid = [Math.ceil((planes * columns) / 128), moves.count, 1] as const;
+    const pieces = BigInt(blockBytes / 16);
+    this.#kernels.moveRows.launch(grid, 128, 0, moves.pointer, pointer, planes, columns, pieces);
+  }
+
+  /** Puts the hidden states of the rows that were sent in place; rows of `bytes`, a multiple of 4. */
+  keepRows(moves: Moves, hidden: bigint, bytes: number): void {
+    if (moves.count === 0) return;
+    this.#kernels.keepRows.launch([MAX_KEPT, moves.count, 1], THREADS, 0, moves.pointer, hidden, bytes);
   }
 
   /**
-   * Grows the tree by the candidates of a draft pass, `logits` [rows,vocabulary]: level 0 is the first pass, with one row
-   * for its last fresh one, the others have topK. `map` [vocabulary] i32, tokens of a cut vocabulary, 0n for none. Unless
-   * it is level `depth`, the next one's pass is in `block.level` then.
+   * Grows the trees by the candidates of a draft pass, `logits` [rows,vocabulary]: level 0 is the first pass, with one
+   * row for a sequence's last fresh one, the others have topK each. `map` [vocabulary] i32, tokens of a cut vocabulary,
+   * 0n for none. Unless it is level `depth`, the next one's pass is in `block.level` then.
    */
   grow(block: CycleBlock, level: number, logits: bigint, vocabulary: number, map = 0n): void {
     const { topK: k, depth } = block.shape;
-    const { cycle, seen, keys, indices, sums } = block.work;
+    const { cycles, seen, keys, indices, sums } = block.work;
     const { ids, hiddenRows, positions, masks, control } = block.level;
-    const slices = this.#candidates(block, logits, level === 0 ? 1 : k, vocabulary, k);
-    const pointers = [cycle, keys, indices, sums, map, seen, ids, hiddenRows, positions, masks, control];
-    const last = level === depth ? 1 : 0;
-    this.#kernels.grow.launch([1, 1, 1], 32 * (MAX_TOP_K + 1), 0, ...pointers, slices, k, level, last);
+    const slices = this.#candidates(block, logits, block.sequences * (level === 0 ? 1 : k), vocabulary, k);
+    const lists = [cycles, block.fresh.last, keys, indices, sums, map];
+    const pointers = [...lists, seen, ids, hiddenRows, positions, masks, control];
+    const grid = [block.sequences, 1, 1] as const;
+    const isLast = level === depth ? 1 : 0;
+    this.#kernels.grow.launch(grid, 32 * (MAX_TOP_K + 1), 0, ...pointers, slices, k, level, isLast);
   }
 
-  /** Picks the tree of the nodes that were seen, and writes the target's pass and the results. */
+  /** Picks each tree of the nodes that were seen, and writes the target's pass and the results. */
   finish(block: CycleBlock): void {
     const { ids, positions, masks, control } = block.verify;
     const { tokens, parents, depths, scores } = block.results;
-    const { cycle, seen } = block.work;
-    const pointers = [cycle, seen, ids, positions, masks, control, tokens, parents, depths, scores];
-    this.#kernels.finish.launch([1, 1, 1], 1024, 0, ...pointers, block.shape.totalToken, seenOf(block.shape));
+    const { cycles, seen } = block.work;
+    const pointers = [cycles, seen, ids, positions, masks, control, tokens, parents, depths, scores];
+    const counts = [block.shape.totalToken, seenOf(block.shape)];
+    this.#kernels.finish.launch([block.sequences, 1, 1], 1024, 0, ...pointers, ...counts);
   }
 
-  /** The likeliest token of each row of the target's logits [totalToken,vocabulary], the lower one on ties. */
+  /** The likeliest token of each row of the target's logits [rows,vocabulary], the lower one on ties. */
   argmax(block: CycleBlock, logits: bigint, vocabulary: number): void {
-    const rows = block.shape.totalToken;
+    const rows = block.sequences * block.shape.totalToken;
     const slices = this.#candidates(block, logits, rows, vocabulary, 1);
     const { keys, indices } = block.work;
     this.#kernels.argmax.launch([rows, 1, 1], 32, 0, keys, indices, block.results.best, slices);

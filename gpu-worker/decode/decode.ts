@@ -80,7 +80,7 @@ async function* decodeChoice<S extends Sequence>(
       await running.begin(given.slice(0, -1));
       ({ drafting, fresh } = start());
     }
-    const tree = drafting.propose(fresh);
+    const tree = await drafting.propose(fresh);
     const proposed = drafting.verifies ? begun : performance.now();
     const scores = await running.sequence.scores(tree);
     const scored = performance.now();
@@ -89,6 +89,7 @@ async function* decodeChoice<S extends Sequence>(
     given.push(...path.tokens);
     const ended = given.length >= maxTokens || stopTokens.has(path.tokens.at(-1)!);
     if (!ended && !options.logits) drafting.ahead?.(fresh);
+    if (!options.logits) running.sequence.release?.();
     yield {
       tokens: path.tokens,
       accepted: path.tokens.length - 1,
@@ -97,6 +98,7 @@ async function* decodeChoice<S extends Sequence>(
       draftMs: proposed - begun,
       verifyMs: scored - proposed,
     };
+    running.sequence.release?.();
     if (ended) return;
   }
 }

@@ -15,11 +15,14 @@ export class KvPool {
   /** In order of admission. */
   readonly #held: Room[] = [];
   readonly #queue: symbol[] = [];
+  readonly #most: number;
   #growing = 0;
   #changed = Promise.withResolvers<void>();
 
-  constructor(rows: number) {
+  /** `most`: how many have rooms at the same time. */
+  constructor(rows: number, most = Number.POSITIVE_INFINITY) {
     this.blocks = Math.floor(rows / BLOCK_ROWS);
+    this.#most = most;
   }
 
   /** Blocks in use. */
@@ -37,8 +40,7 @@ export class KvPool {
     if (again) this.#queue.unshift(ticket);
     else this.#queue.push(ticket);
     try {
-      while (this.#queue[0] !== ticket || this.#growing > 0 || this.blocks - this.used < wanted)
-        await this.#change(signal);
+      while (this.#queue[0] !== ticket || this.#growing > 0 || !this.#hasRoom(wanted)) await this.#change(signal);
     } finally {
       this.#queue.splice(this.#queue.indexOf(ticket), 1);
       this.#tell();
@@ -46,6 +48,10 @@ export class KvPool {
     const room = new Room(this, wanted);
     this.#held.push(room);
     return room;
+  }
+
+  #hasRoom(blocks: number): boolean {
+    return this.#held.length < this.#most && this.blocks - this.used >= blocks;
   }
 
   #blocksOf(rows: number): number {

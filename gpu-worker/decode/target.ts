@@ -30,6 +30,8 @@ export interface Sequence extends Disposable {
   scores(tree: Tree): Scores | Promise<Scores>;
   /** Keeps the path's nodes. */
   commit(path: Path): Fresh;
+  /** Says that the last tree's logits are not wanted any more: others may be waiting for their memory. */
+  release?(): void;
   /** Goes back to the prompt, for another choice. */
   rewind(): void;
 }

@@ -10,10 +10,21 @@ export interface CustomOp {
   optional?: number;
   /** 1 by default. */
   outputs?: number;
-  /** Columns of each output, for so many of the first input; `of` gives those of another input of rank 2. */
-  columns(columns: number, of: (input: number) => number): number;
-  /** Queues the kernel; the input that was left out is 0n. `columns` are the first input's, `width` the outputs'. */
-  compute(inputs: readonly bigint[], outputs: readonly bigint[], rows: number, columns: number, width: number): void;
+  /** Columns of each output, for so many of the first input. */
+  columns(columns: number, dims: Dims): number;
+  /** Queues the kernel; the input that was left out is 0n. */
+  compute(inputs: readonly bigint[], outputs: readonly bigint[], shape: OpShape): void;
+}
+
+/** Dimensions of an input of rank 2. */
+type Dims = (input: number) => readonly [number, number];
+
+/** Rows and columns of the first input, columns of the outputs. */
+export interface OpShape {
+  rows: number;
+  columns: number;
+  width: number;
+  dims: Dims;
 }
 
 /** What a kernel's call needs of the API. */
@@ -54,11 +65,15 @@ export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) 
   const compute = (_kernel: bigint, context: bigint) => {
     try {
       const inputs = op.inputs.map((_, i) => api.input(context, i));
-      const [rows, columns] = Array.from(api.dims(context, 0), Number);
-      const width = op.columns(columns, (input) => Number(api.dims(context, input)[1]));
+      const of: Dims = (input) => {
+        const [height, width] = api.dims(context, input);
+        return [Number(height), Number(width)];
+      };
+      const [rows, columns] = of(0);
+      const width = op.columns(columns, of);
       const dims = BigInt64Array.of(BigInt(rows), BigInt(width));
       const outputs = Array.from({ length: op.outputs ?? 1 }, (_, i) => api.output(context, i, dims));
-      op.compute(inputs, outputs, rows, columns, width);
+      op.compute(inputs, outputs, { rows, columns, width, dims: of });
     } catch (error) {
       failed(error);
     }

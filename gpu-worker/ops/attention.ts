@@ -55,7 +55,7 @@ export interface OwnCacheInputs {
   /** f32 [M,head/2] each. */
   cos: Value;
   sin: Value;
-  /** i32 [T], [T,4] and [4]. */
+  /** i32 [T], [T,4] and [S,4] of S sequences with equally many tokens each, one after the other. */
   positions: Value;
   mask: Value;
   control: Value;

@@ -50,7 +50,7 @@ export function attentionOp(name: string, shape: DecoderLayerConfig, capacity: n
     inputs: [F32, F32, F32, F32, F32, F32, I32, I32, I32],
     optional: 1,
     columns: () => heads * headSize,
-    compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], tokens) {
+    compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], { rows: tokens }) {
       const added = bias ? f32(bias, width) : new Float32Array(width);
       const x = f32(qkv, tokens * width).map((element, i) => element + added[i % width]);
       const [past, first, causal] = i32(control, 4);
@@ -87,7 +87,7 @@ export const gatedSiluOp: CustomOp = {
   name: "GatedSilu",
   inputs: [F32],
   columns: (columns) => columns / 2,
-  compute([x], [out], rows, columns) {
+  compute([x], [out], { rows, columns }) {
     const [from, to, inner] = [f32(x, rows * columns), f32(out, (rows * columns) / 2), columns / 2];
     for (let i = 0; i < to.length; i++) {
       const at = Math.floor(i / inner) * columns + (i % inner);
@@ -99,8 +99,8 @@ export const gatedSiluOp: CustomOp = {
 export const linearOp: CustomOp = {
   name: "Linear",
   inputs: [F32, F32],
-  columns: (_inner, of) => of(1),
-  compute([x, w], [y], rows, inner, columns) {
+  columns: (_inner, dims) => dims(1)[1],
+  compute([x, w], [y], { rows, columns: inner, width: columns }) {
     const [from, weights, out] = [f32(x, rows * inner), f32(w, inner * columns), f32(y, rows * columns).fill(0)];
     for (const [at, value] of from.entries()) {
       const [row, k] = [Math.floor(at / inner), at % inner];
@@ -116,7 +116,7 @@ export function addRmsNormOp(epsilon: number): CustomOp {
     optional: 1,
     outputs: 2,
     columns: (columns) => columns,
-    compute([x, residual, weight], [norm, sum], rows, columns) {
+    compute([x, residual, weight], [norm, sum], { rows, columns }) {
       const [sums, norms, scale] = [f32(sum, rows * columns), f32(norm, rows * columns), f32(weight, columns)];
       sums.set(f32(x, rows * columns));
       if (residual) for (const [i, value] of f32(residual, rows * columns).entries()) sums[i] += value;
@@ -134,7 +134,7 @@ export function pairRowsOp(width: number): CustomOp {
     name: "PairRows",
     inputs: [F32, F32, I64, F32, I64],
     columns: () => 2 * width,
-    compute([keep, table, ids, hidden, hiddenRows], [out], rows) {
+    compute([keep, table, ids, hidden, hiddenRows], [out], { rows }) {
       const to = f32(out, rows * 2 * width).fill(0);
       const half = (from: bigint, row: bigint) => f32(from + row * BigInt(4 * width), width);
       for (const [i, kept] of f32(keep, rows).entries()) {

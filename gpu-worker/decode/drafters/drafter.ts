@@ -13,7 +13,7 @@ export interface Drafting {
   /** Trees come verified: what proposing one takes is counted as verification, since the two cannot be told apart. */
   readonly verifies?: true;
   /** A tree rooted at the last token of the text; `fresh` is what the text gained since the last call. */
-  propose(fresh: Fresh): Tree;
+  propose(fresh: Fresh): Tree | Promise<Tree>;
   /** Starts early on what `propose` will be asked for with the same `fresh`; logits of the tree before are gone then. */
   ahead?(fresh: Fresh): void;
 }

@@ -1,96 +1,132 @@
-/** One shape of a decoding cycle: keep what was accepted, draft a tree, verify it. All on the device, without a stop. */
+/** A decoding cycle of some sequences, of one shape: draft their trees, verify them. All on the device, without a stop. */
 import type { CapturedGraph } from "../../cuda/driver.ts";
-import { CycleBlock, type CycleStart } from "../../cuda/tree.ts";
+import { CycleBlock, type CycleStart, type DraftInputs } from "../../cuda/tree.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Tree } from "../../decode/tree.ts";
-import { type Binding, DTYPES } from "../tensor.ts";
-import { FRESH_ROWS } from "./model.ts";
-import type { CudaSequence } from "./sequence.ts";
+import type { Binding, Tensor } from "../tensor.ts";
+import { type CudaDraft, type CudaModel, FRESH_ROWS } from "./model.ts";
+import type { DraftSpace, Workspace } from "./workspace.ts";
 
 /** The shape of plain decoding: the root alone. */
 export const PLAIN: TreeShape = { totalToken: 1, depth: 0, topK: 1 };
+/** Runs before a graph is made: in the first ones ONNX Runtime takes its memory. */
+const RUNS = 2;
 
 export class Cycle implements Disposable {
   readonly shape: TreeShape;
-  readonly #sequence: CudaSequence;
+  readonly sequences: number;
+  readonly #model: CudaModel;
+  readonly #space: Workspace;
   readonly #block: CycleBlock;
   readonly #verify: Binding;
   /** The draft's passes: over fresh rows, then over levels, which read each other's output by turns. */
   readonly #draft: { fresh: Binding; levels: [Binding, Binding] } | undefined;
+  #runs = 0;
   #graph: CapturedGraph | undefined;
 
-  constructor(sequence: CudaSequence, shape: TreeShape) {
-    const { cuda, text, config } = sequence.model;
-    const { hidden, vocabulary } = config.language;
+  constructor(model: CudaModel, space: Workspace, shape: TreeShape, sequences: number) {
+    const { cuda, text, config, cache, hidden, treeRow, draft } = model;
+    const { hidden: width, vocabulary } = config.language;
+    const rows = sequences * shape.totalToken;
+    if (rows > model.passRows) throw new Error(`a pass over ${rows} rows: there is memory for ${model.passRows}`);
     this.shape = shape;
-    this.#sequence = sequence;
-    this.#block = new CycleBlock(cuda, shape, FRESH_ROWS);
-    const n = shape.totalToken;
-    this.#verify = sequence.cache.bind(text.binding(), this.#block.verify, n);
-    this.#verify.output("hidden", sequence.hidden, [n, hidden], sequence.treeRow * hidden);
-    this.#verify.output("logits", sequence.logits, [n, vocabulary]);
-    const { draft } = sequence;
+    this.sequences = sequences;
+    this.#model = model;
+    this.#space = space;
+    this.#block = new CycleBlock(cuda, shape, FRESH_ROWS, sequences);
+    this.#verify = cache.bind(text.binding(), this.#block.verify, rows, sequences);
+    this.#verify.output("hidden", hidden, [rows, width], treeRow * width);
+    this.#verify.output("logits", space.logits, [rows, vocabulary]);
     if (shape === PLAIN || !draft) return;
-    const level = (from: 0 | 1) => draft.bindLevel(this.#block.level, shape.topK, from);
-    this.#draft = { fresh: draft.bindFresh(this.#block), levels: [level(0), level(1)] };
+    const level = (from: 0 | 1) => this.#bindLevel(draft, space.draft!, from);
+    this.#draft = { fresh: this.#bindFresh(draft, space.draft!), levels: [level(0), level(1)] };
   }
 
-  /** Queues the cycle. */
-  start(begin: CycleStart): void {
-    this.#block.begin(begin);
+  /** Queues the cycle; from its third time on it is a graph. */
+  start(starts: readonly CycleStart[]): void {
+    this.#block.begin(starts);
+    if (!this.#graph && this.#runs++ >= RUNS) this.#graph = this.#model.cuda.capture(() => this.#queue());
     if (this.#graph) this.#graph.launch();
     else this.#queue();
   }
 
-  /** Makes a graph of the cycle, which must have run before: that is when ONNX Runtime takes its memory. */
-  capture(): void {
-    this.#graph ??= this.#sequence.model.cuda.capture(() => this.#queue());
-  }
-
   #queue(): void {
     this.#block.upload();
-    this.#keep();
     this.queueDraft();
     this.queueVerify();
     this.#block.download();
   }
 
-  /** Moves what the last cycle accepted: keys and values, and hidden states for the draft. */
-  #keep(): void {
-    const { model, cache, hidden, treeRow, draft } = this.#sequence;
-    model.trees.moveRows(this.#block, cache.caches);
-    if (!draft) return;
-    const bytes = model.config.language.hidden * DTYPES[model.dtype].bytes;
-    model.elementwise.keepRows(hidden.pointer, this.#block.work.cycle, treeRow, bytes, this.#block.freshRows);
-  }
-
   queueDraft(): void {
     if (!this.#draft) return;
-    const { draft, model } = this.#sequence;
-    const { logits, vocabulary, map } = draft!;
+    const { draft, trees, elementwise, dtype, config } = this.#model;
+    const { logits, biases, rowBias } = this.#space.draft!;
+    const { slots } = this.#block;
+    const { topK, depth } = this.shape;
     const grow = (level: number) =>
-      model.trees.grow(this.#block, level, logits.pointer, vocabulary, map?.pointer ?? 0n);
+      trees.grow(this.#block, level, logits.pointer, draft!.vocabulary, draft!.map?.pointer ?? 0n);
+    const bias = (each: number) => {
+      const rows = this.sequences * each;
+      elementwise.gatherRows(rowBias.pointer, biases.pointer, slots, each, rows, config.language.hidden, dtype);
+    };
+    bias(FRESH_ROWS);
     this.#draft.fresh.run();
     grow(0);
-    for (let level = 1; level <= this.shape.depth; level++) {
+    if (depth > 0) bias(topK);
+    for (let level = 1; level <= depth; level++) {
       this.#draft.levels[(level - 1) & 1].run();
       grow(level);
     }
   }
 
   queueVerify(): void {
-    const { model, logits } = this.#sequence;
-    model.trees.finish(this.#block);
+    const { trees, config } = this.#model;
+    trees.finish(this.#block);
     this.#verify.run();
-    model.trees.argmax(this.#block, logits.pointer, model.config.language.vocabulary);
+    trees.argmax(this.#block, this.#space.logits.pointer, config.language.vocabulary);
   }
 
-  /** The tree, and the target's likeliest token after each node, once the device is done. */
-  tree(): Tree {
-    return this.#block.tree();
+  #bindPass(
+    { layer, cache }: CudaDraft,
+    space: DraftSpace,
+    inputs: DraftInputs,
+    each: number,
+    hidden: Tensor,
+    out: Tensor,
+  ): Binding {
+    // biome-ignore format: one list
+    const { runtime, config } = this.#model;
+    const { hidden: width } = config.language;
+    const rows = this.sequences * each;
+    const binding = cache.bind(layer.binding(), inputs, rows, this.sequences);
+    binding.input("hidden", hidden, [hidden.elements / width, width]);
+    binding.input("hidden_rows", runtime.at(inputs.hiddenRows, "i64", rows), [rows]);
+    binding.input("keep", space.ones, [rows, 1]).input("row_bias", space.rowBias, [rows, width]);
+    return binding.output("out", out, [rows, width]);
   }
-  best(): Int32Array {
-    return this.#block.best();
+
+  /** A cycle's first pass: logits after the last of each sequence's fresh rows. */
+  #bindFresh(draft: CudaDraft, space: DraftSpace): Binding {
+    const { fresh, sequences } = this.#block;
+    const binding = this.#bindPass(draft, space, fresh, FRESH_ROWS, this.#model.hidden, space.out[0]);
+    binding.input("logit_rows", this.#model.runtime.at(fresh.last, "i64", sequences), [sequences]);
+    return binding.output("logits", space.logits, [sequences, draft.vocabulary]);
+  }
+
+  /** A pass over a level's rows, which reads output `from` and writes the other: logits after every row. */
+  #bindLevel(draft: CudaDraft, space: DraftSpace, from: 0 | 1): Binding {
+    const rows = this.sequences * this.shape.topK;
+    const binding = this.#bindPass(draft, space, this.#block.level, this.shape.topK, space.out[from], space.out[1 - from]); // biome-ignore format: one call
+    binding.input("logit_rows", space.identity, [rows]);
+    return binding.output("logits", space.logits, [rows, draft.vocabulary]);
+  }
+
+  /** The i-th sequence's tree, and the target's likeliest token after each node, once the device is done. */
+  tree(i: number): Tree {
+    return this.#block.tree(i);
+  }
+  best(i: number): Int32Array {
+    return this.#block.best(i);
   }
 
   [Symbol.dispose](): void {

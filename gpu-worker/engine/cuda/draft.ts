@@ -1,14 +1,14 @@
-/** ViSpec's draft model on the GPU: its cache, the adaptor's rows, and the bindings of its passes in a cycle. */
-import type { CycleBlock, DraftInputs } from "../../cuda/tree.ts";
+/** ViSpec's draft model on the GPU: a sequence's rows in its cache, the prompt's above all, with those of the adaptor. */
 import type { Fresh } from "../../decode/target.ts";
 import type { Mark } from "../prefix-cache.ts";
-import { type Binding, DTYPES, type Tensor } from "../tensor.ts";
-import { DeviceCache, Staging } from "./memory.ts";
-import { CHUNK, type CudaDraft, type CudaModel, FRESH_ROWS, MAX_TREE } from "./model.ts";
+import { DTYPES, type Tensor } from "../tensor.ts";
+import { Staging } from "./memory.ts";
+import { CHUNK, type CudaDraft, type CudaModel, FRESH_ROWS } from "./model.ts";
 import type { CudaSequence } from "./sequence.ts";
+import { ONE } from "./workspace.ts";
 
-/** Most rows of a level. */
-const MOST_ROWS = 16;
+/** Rows of a pass over a prompt, which takes turns with cycles of others. */
+const PIECE = 512;
 
 /** A row of the prompt: the token at index `at` + 1 with the hidden state of `at`, or one of the adaptor's; its bias row. */
 interface Row {
@@ -21,24 +21,17 @@ interface Row {
 export class CudaDraftState implements Disposable {
   length = 0;
   position = 0;
-  readonly vocabulary: number;
-  readonly map: Tensor | undefined;
-  /** [MOST_ROWS,vocabulary] */
-  readonly logits: Tensor;
   readonly #sequence: CudaSequence;
   readonly #model: CudaModel;
   readonly #draft: CudaDraft;
-  readonly #cache: DeviceCache;
-  /** Outputs of the last two passes of a cycle. */
-  readonly #out: [Tensor, Tensor];
-  readonly #prefillOut: Tensor;
+  readonly #out: Tensor;
+  /** [1,vocabulary] */
+  readonly #logits: Tensor;
   /** [CHUNK,D]: each prompt row's bias. */
   readonly #rowBias: Tensor;
-  /** [1,D]: of rows after the prompt. */
+  /** [1,D]: of rows after the prompt; a row of the workspace's. */
   readonly #bias: Tensor;
-  readonly #staging: Staging<
-    "ids" | "hiddenRows" | "positions" | "masks" | "control" | "last" | "keep" | "biasRow" | "ones" | "identity"
-  >;
+  readonly #staging: Staging<"ids" | "hiddenRows" | "positions" | "masks" | "control" | "last" | "keep" | "biasRow">;
   /** What each of the prompt's rows depends on beside those before; none before it was seen. */
   #marks: Mark[] = [];
   /** Where the prompt's rows end. */
@@ -46,47 +39,28 @@ export class CudaDraftState implements Disposable {
 
   constructor(sequence: CudaSequence, draft: CudaDraft) {
     const { model } = sequence;
-    const { runtime, dtype, cuda } = model;
+    const { runtime, dtype } = model;
     const { hidden } = draft.config;
     this.#sequence = sequence;
     this.#model = model;
     this.#draft = draft;
-    this.vocabulary = draft.vocabulary;
-    this.map = draft.map;
-    this.#cache = new DeviceCache(model, { ...draft.config, layers: 1 }, model.capacity + MAX_TREE);
     const rows = (n: number, width = hidden) => runtime.tensor(dtype, n * width, "device");
-    this.#out = [rows(MOST_ROWS), rows(MOST_ROWS)];
-    [this.#prefillOut, this.#rowBias, this.#bias] = [rows(CHUNK), rows(CHUNK), rows(1)];
-    this.logits = rows(MOST_ROWS, draft.vocabulary);
+    [this.#out, this.#rowBias, this.#logits] = [rows(CHUNK), rows(CHUNK), rows(1, draft.vocabulary)];
+    const at = BigInt(sequence.slot * hidden * DTYPES[dtype].bytes);
+    this.#bias = runtime.at(sequence.space.draft!.biases.pointer + at, dtype, hidden);
     this.#staging = new Staging(runtime, {
       ...{ ids: ["i64", CHUNK], hiddenRows: ["i64", CHUNK], positions: ["i32", CHUNK], masks: ["i32", 4 * CHUNK] },
       ...{ control: ["i32", 4], last: ["i64", 1], keep: [dtype, CHUNK], biasRow: ["i32", CHUNK] },
-      ...{ ones: [dtype, MOST_ROWS], identity: ["i64", MOST_ROWS] },
     } as const);
-    for (const [name, tensor] of [["cos", this.#cache.cos], ["sin", this.#cache.sin]] as const) this.#angles(draft.rope[name], tensor); // biome-ignore format: one line
-    this.#setOnes("ones", MOST_ROWS, () => true);
-    for (let i = 0; i < MOST_ROWS; i++) this.#staging.i64("identity")[i] = BigInt(i);
-    this.#staging.send("identity", MOST_ROWS);
-    cuda.synchronize();
-  }
-
-  #angles(table: Float32Array, tensor: Tensor): void {
-    const { cuda } = this.#model;
-    const n = Math.min(table.length, tensor.elements);
-    const pinned = cuda.pinned(n * 4);
-    new Float32Array(pinned.buffer).set(table.subarray(0, n));
-    cuda.upload(tensor.pointer, pinned, n * 4);
-    cuda.synchronize();
-    cuda.freePinned(pinned);
   }
 
   /** Sends 1 where `one` holds and 0 elsewhere, in the model's type. */
-  #setOnes(name: "ones" | "keep", n: number, one: (i: number) => boolean): void {
-    const bits = { f32: 0x3f800000, f16: 0x3c00, bf16: 0x3f80 }[this.#model.dtype];
-    const { buffer } = this.#staging.bytes(name);
+  #sendKeep(n: number, one: (i: number) => boolean): void {
+    const bits = ONE[this.#model.dtype];
+    const { buffer } = this.#staging.bytes("keep");
     const values = this.#model.dtype === "f32" ? new Uint32Array(buffer) : new Uint16Array(buffer);
     for (let i = 0; i < n; i++) values[i] = one(i) ? bits : 0;
-    this.#staging.send(name, n);
+    this.#staging.send("keep", n);
   }
 
   /** Starts a sequence. */
@@ -100,14 +74,11 @@ export class CudaDraftState implements Disposable {
     ({ length: this.length, position: this.position } = this.#prompt);
   }
 
-  /** Queues what the draft has to see before a cycle: the prompt at first, and later what plain cycles wrote. */
+  /** Queues what the draft has to see before a cycle: the prompt, if `passes` did not, and what plain cycles wrote. */
   catchUp(): void {
-    const { kept, length } = this.#sequence;
-    const end = Math.min(kept.length, length - 1);
-    if (this.position === 0) {
-      this.#prefillPrompt();
-      this.#prompt = { length: this.length, position: this.position };
-    }
+    for (const _ of this.passes());
+    const { length } = this.#sequence;
+    const end = length - 1;
     if (length - this.position <= FRESH_ROWS) return;
     const bias = 0;
     const rows = Array.from({ length: end - this.position }, (_, i) => this.position + i);
@@ -115,8 +86,9 @@ export class CudaDraftState implements Disposable {
     this.position = end;
   }
 
-  /** The prompt's rows but the last, whose token only the first cycle knows. */
-  #prefillPrompt(): void {
+  /** Runs the prompt, if that was not done: its rows but the last, whose token only the first cycle knows. */
+  *passes(): Generator<void> {
+    if (this.position > 0) return;
     const { prompt, tokens, prefixes } = this.#sequence;
     const { queries, hidden } = this.#draft.config;
     const { images } = prompt.expanded;
@@ -147,16 +119,24 @@ export class CudaDraftState implements Disposable {
     for (; at < end; at++) add({ at, id: tokens[at + 1], bias: last });
     const bytes = hidden * DTYPES[this.#model.dtype].bytes;
     this.#model.cuda.upload(this.#bias.pointer, table.pointer + BigInt(last * bytes), bytes);
-    this.length = prefixes?.reuse(this.#owner, marks, this.#cache.rows) ?? 0;
-    this.#run(rows.slice(this.length), table);
+    this.length = prefixes?.reuse(this.#owner, marks, this.#rows) ?? 0;
+    for (let from = this.length; from < rows.length; from += PIECE) {
+      this.#chunk(rows.slice(from, from + PIECE), table);
+      yield;
+    }
     this.#marks = marks;
     this.position = end;
+    this.#prompt = { length: this.length, position: end };
     this.#model.cuda.synchronize();
   }
 
   /** Leaves a copy of the prompt's rows to others. */
   share(): void {
-    this.#sequence.prefixes?.keep(this.#owner, this.#marks, this.#cache.rows);
+    this.#sequence.prefixes?.keep(this.#owner, this.#marks, this.#rows);
+  }
+
+  get #rows() {
+    return [this.#draft.cache.rows(this.#sequence.slot)];
   }
 
   get #owner(): string {
@@ -203,33 +183,34 @@ export class CudaDraftState implements Disposable {
     const biasRow = staging.i32("biasRow");
     for (const [i, row] of rows.entries()) {
       ids[i] = BigInt(row.id ?? 0);
-      hiddenRows[i] = row.id === undefined ? 0n : BigInt(row.at);
+      hiddenRows[i] = row.id === undefined ? 0n : BigInt(this.#sequence.rowOf(row.at));
       positions[i] = row.at;
       biasRow[i] = row.bias;
     }
-    staging.i32("control").set([this.length, 0, 1, 0]);
+    staging.i32("control").set([this.length, 0, 1, this.#sequence.slot]);
     staging.i64("last")[0] = BigInt(n - 1);
-    this.#setOnes("keep", n, (i) => rows[i].id !== undefined);
+    this.#sendKeep(n, (i) => rows[i].id !== undefined);
     for (const name of ["ids", "hiddenRows", "positions", "biasRow"] as const) staging.send(name, n);
     staging.send("control", 4);
     staging.send("last", 1);
-    elementwise.gatherRows(this.#rowBias.pointer, table.pointer, staging.tensor("biasRow").pointer, n, width, dtype);
+    elementwise.gatherRows(this.#rowBias.pointer, table.pointer, staging.tensor("biasRow").pointer, 1, n, width, dtype);
     using binding = this.#draft.prompt.binding();
     const at = (name: "ids" | "positions" | "masks" | "control") => staging.tensor(name).pointer;
-    this.#cache.bind(binding, { ids: at("ids"), positions: at("positions"), masks: at("masks"), control: at("control") }, n); // biome-ignore format: one line
-    binding.input("hidden", this.#sequence.hidden, [this.#sequence.hidden.elements / width, width]);
+    this.#draft.cache.bind(binding, { ids: at("ids"), positions: at("positions"), masks: at("masks"), control: at("control") }, n); // biome-ignore format: one line
+    const { hidden } = this.#model;
+    binding.input("hidden", hidden, [hidden.elements / width, width]);
     binding.input("hidden_rows", staging.tensor("hiddenRows"), [n]).input("keep", staging.tensor("keep"), [n, 1]);
     binding.input("row_bias", this.#rowBias, [n, width]).input("logit_rows", staging.tensor("last"), [1]);
-    binding.output("out", this.#prefillOut, [n, width]).output("logits", this.logits, [1, this.vocabulary]);
+    binding.output("out", this.#out, [n, width]).output("logits", this.#logits, [1, this.#draft.vocabulary]);
     binding.run();
     this.length += n;
   }
 
-  /** Rows that the target has and the draft has not, with the token after each. */
+  /** Rows that the target has and the draft has not, as all sequences' are counted, with the token after each. */
   fresh(): Fresh {
     const { length, tokens } = this.#sequence;
     const rows = Array.from({ length: length - this.position }, (_, i) => this.position + i);
-    return { rows, next: rows.map((row) => tokens[row + 1]) };
+    return { rows: rows.map((row) => this.#sequence.rowOf(row)), next: rows.map((row) => tokens[row + 1]) };
   }
 
   /** A cycle that was queued brought the draft so many rows further. */
@@ -238,32 +219,7 @@ export class CudaDraftState implements Disposable {
     this.position += rows;
   }
 
-  #bindPass(inputs: DraftInputs, rows: number, hidden: Tensor, out: Tensor): Binding {
-    const { hidden: width } = this.#draft.config;
-    const binding = this.#cache.bind(this.#draft.layer.binding(), inputs, rows);
-    binding.input("hidden", hidden, [hidden.elements / width, width]);
-    binding.input("hidden_rows", this.#model.runtime.at(inputs.hiddenRows, "i64", rows), [rows]);
-    binding.input("keep", this.#staging.tensor("ones"), [rows, 1]).input("row_bias", this.#bias, [1, width]);
-    return binding.output("out", out, [rows, width]);
-  }
-
-  /** A cycle's first pass: logits after the last of its fresh rows. */
-  bindFresh({ fresh, freshRows }: CycleBlock): Binding {
-    const binding = this.#bindPass(fresh, freshRows, this.#sequence.hidden, this.#out[0]);
-    binding.input("logit_rows", this.#model.runtime.at(fresh.last, "i64", 1), [1]);
-    return binding.output("logits", this.logits, [1, this.vocabulary]);
-  }
-
-  /** A pass over a level's rows, which reads output `from` and writes the other: logits after every row. */
-  bindLevel(level: DraftInputs, rows: number, from: 0 | 1): Binding {
-    const binding = this.#bindPass(level, rows, this.#out[from], this.#out[1 - from]);
-    binding.input("logit_rows", this.#staging.tensor("identity"), [rows]);
-    return binding.output("logits", this.logits, [rows, this.vocabulary]);
-  }
-
   [Symbol.dispose](): void {
-    for (const tensor of [...this.#out, this.#prefillOut, this.#rowBias, this.#bias, this.logits])
-      tensor[Symbol.dispose]();
-    for (const part of [this.#staging, this.#cache]) part[Symbol.dispose]();
+    for (const part of [this.#out, this.#rowBias, this.#logits, this.#staging]) part[Symbol.dispose]();
   }
 }

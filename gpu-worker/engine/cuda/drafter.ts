@@ -1,18 +1,12 @@
 /** Drafting on the GPU: a cycle's tree is drafted and verified in one go, so proposing one gives its scores too. */
+import { setImmediate } from "node:timers/promises";
 import type { Drafter, Drafting } from "../../decode/drafters/drafter.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Fresh } from "../../decode/target.ts";
 import type { Tree } from "../../decode/tree.ts";
-import { PLAIN } from "./cycle.ts";
-import { MAX_TREE } from "./model.ts";
+import type { Batch, Chooser } from "./batch.ts";
+import { ROOM } from "./model.ts";
 import type { CudaSequence } from "./sequence.ts";
-
-/** What decides on the shape of each cycle, and learns what came of it. */
-export interface Chooser {
-  /** Undefined: no drafts. */
-  choose(): TreeShape | undefined;
-  learn(shape: TreeShape | undefined, accepted: number, milliseconds: number): void;
-}
 
 /** Always the same shape; without one, plain decoding. */
 export const always = (shape?: TreeShape): Chooser => ({ choose: () => shape, learn() {} });
@@ -20,32 +14,39 @@ export const always = (shape?: TreeShape): Chooser => ({ choose: () => shape, le
 class CudaDrafting implements Drafting {
   readonly verifies = true;
   readonly #sequence: CudaSequence;
+  readonly #batch: Batch;
   readonly #chooser: Chooser;
-  #shape: TreeShape | undefined;
-  #begun = 0;
+  readonly #drafts: boolean;
+  #next: Promise<Tree> | undefined;
   #first = true;
 
-  constructor(sequence: CudaSequence, chooser: Chooser) {
+  constructor(sequence: CudaSequence, batch: Batch, chooser: Chooser, drafts: boolean) {
+    this.#drafts = drafts;
     this.#sequence = sequence;
+    this.#batch = batch;
     this.#chooser = chooser;
   }
 
   ahead(fresh: Fresh): void {
-    const now = performance.now();
-    if (!this.#first) this.#chooser.learn(this.#shape, fresh.next.length - 1, now - this.#begun);
-    this.#begun = now;
-    this.#shape = this.#chooser.choose();
-    this.#sequence.start(this.#shape ?? PLAIN);
+    const accepted = this.#first ? undefined : fresh.next.length - 1;
+    this.#next = this.#batch.ask(this.#sequence, this.#chooser, accepted);
+    this.#next.catch(() => {}); // whoever proposes gets to know
   }
 
-  propose(fresh: Fresh): Tree {
-    if (this.#first) this.#sequence.tokens.push(...fresh.next);
-    if (!this.#sequence.running) this.ahead(fresh);
+  async propose(fresh: Fresh): Promise<Tree> {
+    if (this.#first) {
+      this.#sequence.tokens.push(...fresh.next);
+      if (this.#drafts) for (const _ of this.#sequence.draft?.passes() ?? []) await setImmediate();
+    }
+    if (!this.#next) this.ahead(fresh);
     this.#first = false;
-    return this.#sequence.finish();
+    const tree = this.#next!;
+    this.#next = undefined;
+    return tree;
   }
 }
 
-export function cudaDrafter(chooser: Chooser): Drafter<CudaSequence> {
-  return { maxTree: MAX_TREE, start: (sequence) => new CudaDrafting(sequence, chooser) };
+/** Sequences whose drafter has the same chooser share passes. `drafts`: whether it may ever choose a tree. */
+export function cudaDrafter(batch: Batch, chooser: Chooser, drafts = true): Drafter<CudaSequence> {
+  return { maxTree: ROOM, start: (sequence) => new CudaDrafting(sequence, batch, chooser, drafts) };
 }

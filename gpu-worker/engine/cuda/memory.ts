@@ -1,65 +1,166 @@
-/** Memory of the CUDA engine: KV caches of a decoder, and small inputs on their way to the device. */
+/** Memory of the CUDA engine: KV caches in blocks of one pool, and small inputs on their way to the device. */
+import { BLOCK_ROWS, type Paging } from "../../cuda/attention.ts";
 import type { Pinned } from "../../cuda/driver.ts";
 import type { PassInputs } from "../../cuda/tree.ts";
 import type { CacheShape } from "../cache.ts";
 import type { Rows } from "../prefix-cache.ts";
 import type { Runtime } from "../runtime.ts";
 import { type Binding, DTYPES, type DType, type Tensor } from "../tensor.ts";
-import { type CudaModel, put } from "./model.ts";
+import type { DeviceRows } from "./shared-rows.ts";
 
-/** Keys and values of every layer, [1,kvHeads,capacity,headSize] each, and the angles of every row. */
-export class DeviceCache implements Disposable {
-  readonly capacity: number;
+/** Which blocks each slot's sequence has. Block 0 is nobody's: what has no block of its own yet names it. */
+export class Blocks implements Disposable {
+  readonly slots: number;
+  /** Entries of a slot's table. */
+  readonly width: number;
+  /** i32 [slots,width] */
+  readonly tables: Tensor;
+  readonly #runtime: Runtime;
+  readonly #host: Pinned;
+  readonly #held: number[][];
+  #free: number[] = [];
+
+  constructor(runtime: Runtime, slots: number, rows: number) {
+    this.#runtime = runtime;
+    this.slots = slots;
+    this.width = Math.ceil(rows / BLOCK_ROWS);
+    this.tables = runtime.tensor("i32", slots * this.width, "device");
+    this.#host = runtime.cuda!.pinned(slots * this.width * 4);
+    this.#held = Array.from({ length: slots }, () => []);
+    for (let slot = 0; slot < slots; slot++) this.release(slot);
+  }
+
+  /** Says how many blocks there are, block 0 aside. */
+  fill(count: number): void {
+    this.#free = Array.from({ length: count }, (_, i) => count - i);
+  }
+
+  /** Blocks that nobody has. */
+  get free(): number {
+    return this.#free.length;
+  }
+
+  /** Gives a slot blocks for its first rows, as far as it has none. Throws an Error when there are none left. */
+  reserve(slot: number, rows: number): void {
+    const held = this.#held[slot];
+    const from = held.length;
+    const wanted = Math.min(this.width, Math.ceil(rows / BLOCK_ROWS));
+    if (wanted - from > this.#free.length)
+      throw new Error(`${rows} rows need ${wanted - from} more blocks of KV cache; ${this.#free.length} are free`);
+    while (held.length < wanted) held.push(this.#free.pop()!);
+    if (wanted <= from) return;
+    this.#table(slot).set(held.slice(from), from);
+    this.#send(slot, from, wanted);
+  }
+
+  /** Takes a slot's blocks back. Work that was queued for its sequence may still write to them before any other's. */
+  release(slot: number): void {
+    this.#free.push(...this.#held[slot].splice(0).reverse());
+    this.#table(slot).fill(0);
+    this.#send(slot, 0, this.width);
+  }
+
+  /** Where a row is among the rows of all blocks. */
+  row(slot: number, row: number): number {
+    return this.#held[slot][Math.floor(row / BLOCK_ROWS)] * BLOCK_ROWS + (row % BLOCK_ROWS);
+  }
+
+  /** Address of a slot's table. */
+  table(slot: number): bigint {
+    return this.tables.pointer + BigInt(slot * this.width * 4);
+  }
+
+  #table(slot: number): Int32Array {
+    return new Int32Array(this.#host.buffer, slot * this.width * 4, this.width);
+  }
+
+  #send(slot: number, from: number, to: number): void {
+    const at = BigInt((slot * this.width + from) * 4);
+    this.#runtime.cuda!.upload(this.tables.pointer + at, this.#host.pointer + at, (to - from) * 4);
+  }
+
+  [Symbol.dispose](): void {
+    this.tables[Symbol.dispose]();
+    this.#runtime.cuda!.freePinned(this.#host);
+  }
+}
+
+/** Rows of a sequence, or of any other, as blocks of a tensor [blocks,planes,BLOCK_ROWS,width]. */
+export function pagedRows(blocks: Blocks, slot: number, pool: Tensor, planes: number, width: number): Rows<DeviceRows> {
+  const blockBytes = planes * BLOCK_ROWS * width * DTYPES[pool.dtype].bytes;
+  return { data: { base: pool.pointer, table: blocks.table(slot), blockBytes }, heads: planes, count: 0, width };
+}
+
+/** Keys and values of a decoder's layers, and the angles of every row of a slot. */
+export class PagedCache implements Disposable {
   readonly shape: CacheShape;
-  /** f32 [capacity,headSize/2] */
+  /** [blocks,planes,BLOCK_ROWS,headSize]: of each layer the planes of its keys, then of its values. */
+  pool!: Tensor;
+  readonly planes: number;
+  /** f32 [slots,rows,headSize/2], or [rows,headSize/2] for all slots. */
   readonly cos: Tensor;
   readonly sin: Tensor;
+  readonly paging: Paging;
   readonly #runtime: Runtime;
-  readonly #tensors: Map<string, Tensor>;
-  readonly #pointers: Tensor;
-  readonly #bytes: number;
+  readonly #blocks: Blocks;
+  readonly #dtype: DType;
 
-  constructor({ runtime, dtype }: CudaModel, shape: CacheShape, capacity: number) {
-    this.capacity = capacity;
+  constructor(runtime: Runtime, blocks: Blocks, shape: CacheShape, dtype: DType, angles: "shared" | "each") {
     this.shape = shape;
     this.#runtime = runtime;
-    this.#bytes = DTYPES[dtype].bytes;
-    const elements = shape.kvHeads * capacity * shape.headSize;
-    const names = ["key", "value"].flatMap((kind) => Array.from({ length: shape.layers }, (_, i) => `${kind}.${i}`));
-    this.#tensors = new Map(names.map((name) => [name, runtime.tensor(dtype, elements, "device")]));
-    this.#pointers = put(runtime, BigInt64Array.from([...this.#tensors.values()].map((t) => t.pointer)));
-    const angles = () => runtime.tensor("f32", (capacity * shape.headSize) / 2, "device");
-    [this.cos, this.sin] = [angles(), angles()];
+    this.#blocks = blocks;
+    this.#dtype = dtype;
+    this.planes = 2 * shape.layers * shape.kvHeads;
+    const stride = (blocks.width * BLOCK_ROWS * shape.headSize) / 2;
+    const table = () => runtime.tensor("f32", (angles === "each" ? blocks.slots : 1) * stride, "device");
+    [this.cos, this.sin] = [table(), table()];
+    this.paging = {
+      ...{ tables: blocks.tables.pointer, width: blocks.width, angleStride: angles === "each" ? stride : 0 },
+      blockStride: this.planes * BLOCK_ROWS * shape.headSize,
+    };
+  }
+
+  get blockBytes(): number {
+    return this.paging.blockStride * DTYPES[this.#dtype].bytes;
+  }
+
+  /** Takes memory for so many blocks. */
+  fill(count: number): void {
+    this.pool = this.#runtime.tensor(this.#dtype, count * this.paging.blockStride, "device");
   }
 
   /** What moves rows wants to know. */
-  get caches() {
-    const { kvHeads: heads, headSize, layers } = this.shape;
-    const { capacity } = this;
-    return { pointers: this.#pointers.pointer, count: 2 * layers, heads, capacity, rowBytes: headSize * this.#bytes };
+  get place() {
+    const { headSize } = this.shape;
+    const { planes, blockBytes } = this;
+    return { pointer: this.pool.pointer, planes, rowBytes: headSize * DTYPES[this.#dtype].bytes, blockBytes };
   }
 
-  /** Keys and values. */
-  get rows(): Rows<Tensor>[] {
-    const { kvHeads: heads, headSize: width } = this.shape;
-    return [...this.#tensors.values()].map((data) => ({ data, heads, count: this.capacity, width }));
+  rows(slot: number): Rows<DeviceRows> {
+    return pagedRows(this.#blocks, slot, this.pool, this.planes, this.shape.headSize);
   }
 
-  /** Binds the cache and the inputs of a pass of `tokens` tokens. */
-  bind(binding: Binding, { ids, positions, masks, control }: PassInputs, tokens: number): Binding {
-    const { kvHeads, headSize } = this.shape;
+  /** Binds the cache and the inputs of a pass of `tokens` tokens, those of all its sequences. */
+  bind(binding: Binding, { ids, positions, masks, control }: PassInputs, tokens: number, sequences = 1): Binding {
+    const { kvHeads, headSize, layers } = this.shape;
     const at = (pointer: bigint, dtype: DType, n: number) => this.#runtime.at(pointer, dtype, n);
-    for (const [name, tensor] of this.#tensors) binding.input(name, tensor, [1, kvHeads, this.capacity, headSize]);
-    binding.input("cos", this.cos, [this.capacity, headSize / 2]).input("sin", this.sin, [this.capacity, headSize / 2]);
+    const dims = [1, kvHeads, BLOCK_ROWS, headSize];
+    for (const [i, name] of ["key", "value"].entries())
+      for (let layer = 0; layer < layers; layer++) {
+        const offset = (2 * layer + i) * kvHeads * BLOCK_ROWS * headSize;
+        binding.input(`${name}.${layer}`, this.pool, dims, offset);
+      }
+    const angles = [(2 * this.cos.elements) / headSize, headSize / 2];
+    binding.input("cos", this.cos, angles).input("sin", this.sin, angles);
     binding.input("ids", at(ids, "i64", tokens), [tokens]);
     binding.input("positions", at(positions, "i32", tokens), [tokens]);
     return binding
       .input("mask", at(masks, "i32", 4 * tokens), [tokens, 4])
-      .input("control", at(control, "i32", 4), [4]);
+      .input("control", at(control, "i32", 4 * sequences), [sequences, 4]);
   }
 
   [Symbol.dispose](): void {
-    for (const tensor of [...this.#tensors.values(), this.#pointers, this.cos, this.sin]) tensor[Symbol.dispose]();
+    for (const tensor of [this.pool, this.cos, this.sin]) tensor?.[Symbol.dispose]();
   }
 }
 

@@ -3,10 +3,12 @@ import { existsSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../../shared/errors.ts";
+import { BLOCK_ROWS } from "../../cuda/attention.ts";
 import type { Cuda } from "../../cuda/driver.ts";
 import { Elementwise, type Float } from "../../cuda/elementwise.ts";
 import { Products } from "../../cuda/products.ts";
 import { TreeKernels } from "../../cuda/tree.ts";
+import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Graph, GraphOptions } from "../../graph/graph.ts";
 import { CUSTOM_DOMAIN, encodeOnnx } from "../../graph/onnx.ts";
 import { parseConfig } from "../../model/config.ts";
@@ -18,18 +20,27 @@ import type { Seeing } from "../images.ts";
 import { PrefixCache } from "../prefix-cache.ts";
 import type { FixedInput, Runtime, Session } from "../runtime.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
+import { Blocks, PagedCache } from "./memory.ts";
 import { addRmsNormOp, attentionOp, gatedSiluOp, linearOp, pairRowsOp } from "./operators.ts";
 import { CudaPassage } from "./passage.ts";
-import { deviceRows } from "./shared-rows.ts";
+import { type DeviceRows, deviceRows } from "./shared-rows.ts";
 import { DeviceWeights } from "./weights.ts";
 
 /** Most tokens of a pass. */
 export const CHUNK = 2048;
-/** Most nodes of a tree, and rows that every cache has room for beyond the context. */
+/** Most nodes of a tree. */
 export const MAX_TREE = 128;
 /** Rows of a cycle's first draft pass: deep enough for every shape, since shapes alternate. */
 export const FRESH_ROWS = 10;
-/** At most; and a quarter of what is free. */
+/** Rows that a cycle may write after those that were accepted before it: a tree of the draft's, after fresh rows. */
+export const CYCLE_ROWS = MAX_TREE + 16;
+/** The same of a cycle and the one after it, which may be queued before its room is asked for. */
+export const ROOM = CYCLE_ROWS + 16;
+/** Nodes of a tree, where several share a pass. */
+const SHARED_TREE = 32;
+/** Of the memory that is free once weights are there, for the KV cache. */
+const KV_SHARE = 0.6;
+/** At most; and a third of what is free then. */
 const PREFIX_BYTES = 4 * 2 ** 30;
 /** Vocabularies above this are cut for the draft unless the user says otherwise. */
 const LARGE_VOCABULARY = 65_536;
@@ -45,7 +56,7 @@ export interface CudaDraft {
   /** Tokens that it can propose: how many, and where they are not 0, 1, 2, … their ids i32. */
   vocabulary: number;
   map: Tensor | undefined;
-  rope: { cos: Float32Array; sin: Float32Array };
+  cache: PagedCache;
 }
 
 export interface CudaModel extends ModelFiles, Seeing, Disposable {
@@ -56,14 +67,20 @@ export interface CudaModel extends ModelFiles, Seeing, Disposable {
   trees: TreeKernels;
   weights: DeviceWeights;
   /** Rows that sequences share. */
-  prefixes: PrefixCache<Tensor>;
+  prefixes: PrefixCache<DeviceRows>;
+  /** Which blocks of the pools sequences have: of both decoders' keys and values, and of hidden states. */
+  blocks: Blocks;
+  cache: PagedCache;
+  /** [blocks·BLOCK_ROWS+passRows,D], after the final norm: rows as blocks have them, and the last trees' from `treeRow` on. */
+  hidden: Tensor;
+  treeRow: number;
+  /** Most rows of a pass over trees. */
+  passRows: number;
   /** Over prompts, pictures in them, with the logits of some rows. */
   prefill: Session;
   /** Over a tree, with the logits of every node. */
   text: Session;
   draft: CudaDraft | undefined;
-  /** Rows of every cache. */
-  capacity: number;
   /** Bytes of weights that a pass reads: of the target, of the draft with its head. */
   passBytes: { target: number; draft: number };
 }
@@ -77,6 +94,12 @@ export interface CudaOptions {
   draftVocabulary?: number;
   /** Most bytes of rows that are kept for prompts which begin alike; 0: none. */
   prefixBytes?: number;
+  /** Most bytes of the KV cache: of both decoders' keys and values, and the hidden states that the draft reads. */
+  kvBytes?: number;
+  /** Most sequences at once. */
+  concurrency?: number;
+  /** The tree where it is always the same. */
+  shape?: TreeShape;
 }
 
 /** Describes a checkpoint and brings it to the GPU. Throws as `describe`, and an Error where memory does not suffice. */
@@ -86,19 +109,22 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const { config, family } = files;
   const { language, names } = config;
   config.contextLength = Math.min(config.contextLength, options.context ?? config.contextLength);
-  const capacity = config.contextLength + MAX_TREE;
+  const { concurrency = 1, shape } = options;
   const head = headWeight(language, source, names);
   const dtype = options.dtype ?? (head.dtype as Float);
   const graphOptions = { dtype, attention: "own" as const, int8: false };
   const elementwise = new Elementwise(cuda);
-  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, capacity), gatedSiluOp(elementwise, dtype)];
+  const blocks = new Blocks(runtime, concurrency, config.contextLength + ROOM);
+  const cache = new PagedCache(runtime, blocks, language, dtype, "each");
+  const draftCache = drafting && new PagedCache(runtime, blocks, { ...drafting.config, layers: 1 }, dtype, "shared");
+  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging), gatedSiluOp(elementwise, dtype)];
   ops.push(addRmsNormOp(elementwise, dtype, language.epsilon));
   ops.push(linearOp(new Products(cuda, elementwise, dtype), dtype));
   const cycleOptions = { ...graphOptions, searched: true };
   if (drafting) {
     const { epsilon, hidden } = drafting.config;
     ops.push(pairRowsOp(elementwise, dtype, hidden));
-    ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, capacity + MAX_TREE));
+    ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, draftCache!.paging));
     if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, dtype, epsilon));
   }
   runtime.addCustomOps(CUSTOM_DOMAIN, ops);
@@ -121,6 +147,9 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     using fold = session(foldGraph(d.config, d.weights, graphOptions));
     using binding = fold.binding();
     binding.output(fixed.name, folded, fixed.dims).run();
+    const { cos, sin } = ropeTable(blocks.width * BLOCK_ROWS, frequencies(headSize, ropeTheta));
+    fill(runtime, draftCache!.cos, cos);
+    fill(runtime, draftCache!.sin, sin);
     const layer = (o: GraphOptions) => draftGraph(d.config, d.weights, head, o, tokens);
     return {
       config: d.config,
@@ -130,16 +159,10 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
       adaptor: session(adaptorGraph(d.config, d.weights, graphOptions)),
       vocabulary: tokens?.length ?? language.vocabulary,
       map: tokens && put(runtime, Int32Array.from(tokens)),
-      rope: ropeTable(capacity, frequencies(headSize, ropeTheta)),
+      cache: draftCache!,
     };
   };
-  const model = {
-    ...files,
-    ...{ dtype, cuda, runtime, elementwise, weights, capacity, passBytes },
-    prefixes: new PrefixCache(
-      options.prefixBytes ?? Math.min(PREFIX_BYTES, cuda.freeMemory / 4),
-      deviceRows(runtime, elementwise, dtype),
-    ),
+  const parts = {
     passage: new CudaPassage(runtime, elementwise, dtype),
     trees: new TreeKernels(cuda, dtype),
     vision: session(family.visionGraph(source, graphOptions)),
@@ -148,12 +171,29 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     draft: drafting && load(drafting),
   };
   weights.done();
-  const { draft, vision, prefill, text, passage, prefixes } = model;
+  const passRows = Math.max(MAX_TREE, concurrency * (shape?.totalToken ?? SHARED_TREE));
+  const width = drafting ? language.hidden : 0;
+  const blockBytes = cache.blockBytes + (draftCache?.blockBytes ?? 0) + BLOCK_ROWS * width * DTYPES[dtype].bytes;
+  const room = Math.min(options.kvBytes ?? Number.POSITIVE_INFINITY, KV_SHARE * cuda.freeMemory);
+  const count = Math.min(concurrency * blocks.width, Math.floor(room / blockBytes) - 1);
+  // An answer must end by its length, not for want of room.
+  config.contextLength = Math.min(config.contextLength, count * BLOCK_ROWS - ROOM);
+  if (config.contextLength < 2)
+    throw new CheckpointError(`a KV cache of ${Math.floor(room)} bytes has no room for a token and a tree`);
+  blocks.fill(count);
+  for (const part of [cache, draftCache]) part?.fill(count + 1);
+  const treeRow = drafting ? (count + 1) * BLOCK_ROWS : 0;
+  const hidden = runtime.tensor(dtype, (treeRow + passRows) * language.hidden, "device");
+  const bytes = options.prefixBytes ?? Math.min(PREFIX_BYTES, cuda.freeMemory / 3);
+  const prefixes = new PrefixCache(bytes, deviceRows(runtime, elementwise, dtype));
+  const { draft, vision, prefill, text, passage } = parts;
   const sessions = [vision, prefill, text, draft?.prompt, draft?.layer, draft?.bias, draft?.adaptor];
+  const memory = [draft?.map, passage, prefixes, hidden, cache, draftCache, blocks, weights];
   return {
-    ...model,
+    ...{ ...files, ...parts, dtype, cuda, runtime, elementwise, weights, passBytes },
+    ...{ prefixes, blocks, cache, hidden, treeRow, passRows },
     [Symbol.dispose]: () => {
-      for (const part of [...sessions, draft?.map, passage, prefixes, weights]) part?.[Symbol.dispose]();
+      for (const part of [...sessions, ...memory]) part?.[Symbol.dispose]();
     },
   };
 }
@@ -163,13 +203,18 @@ const bytesOf = ({ tensor }: FixedInput) => tensor.elements * DTYPES[tensor.dtyp
 /** Integers on the device. */
 export function put(runtime: Runtime, data: Int32Array | BigInt64Array): Tensor {
   const tensor = runtime.tensor(data instanceof Int32Array ? "i32" : "i64", data.length, "device");
+  fill(runtime, tensor, data);
+  return tensor;
+}
+
+/** Copies numbers to the device, and waits. */
+function fill(runtime: Runtime, { pointer }: Tensor, data: Int32Array | BigInt64Array | Float32Array): void {
   const cuda = runtime.cuda!;
   const pinned = cuda.pinned(Math.max(1, data.byteLength));
   new Uint8Array(pinned.buffer).set(new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
-  cuda.upload(tensor.pointer, pinned, data.byteLength);
+  cuda.upload(pointer, pinned, data.byteLength);
   cuda.synchronize();
   cuda.freePinned(pinned);
-  return tensor;
 }
 
 /** File beside a draft's weights: its tokens by falling frequency in the training data. */

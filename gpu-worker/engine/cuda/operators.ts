@@ -1,5 +1,5 @@
 /** Operators of our own in CUDA's graphs: each queues a kernel of cuda/. */
-import { Attention } from "../../cuda/attention.ts";
+import { Attention, type Paging } from "../../cuda/attention.ts";
 import type { Cuda } from "../../cuda/driver.ts";
 import type { Elementwise, Float } from "../../cuda/elementwise.ts";
 import type { Products } from "../../cuda/products.ts";
@@ -13,9 +13,9 @@ export function attentionOp(
   name: string,
   { heads, kvHeads, headSize }: DecoderLayerConfig,
   dtype: Float,
-  capacity: number,
+  paging: Paging,
 ): CustomOp {
-  const attention = new Attention(cuda, { dtype, heads, kvHeads, headSize });
+  const attention = new Attention(cuda, { dtype, heads, kvHeads, headSize }, paging);
   const float = DTYPES[dtype].onnx;
   const [f32, i32] = [DTYPES.f32.onnx, DTYPES.i32.onnx];
   return {
@@ -23,8 +23,9 @@ export function attentionOp(
     inputs: [float, float, float, float, f32, f32, i32, i32, i32],
     optional: 1,
     columns: () => heads * headSize,
-    compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], tokens) {
-      attention.launch({ qkv, bias, key, value, capacity, cos, sin, positions, mask, control, out }, tokens);
+    compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], { rows, dims }) {
+      const [sequences] = dims(8);
+      attention.launch({ qkv, bias, key, value, cos, sin, positions, mask, control, out }, rows / sequences, sequences);
     },
   };
 }
@@ -34,7 +35,7 @@ export function gatedSiluOp(elementwise: Elementwise, dtype: Float): CustomOp {
     name: "GatedSilu",
     inputs: [DTYPES[dtype].onnx],
     columns: (columns) => columns / 2,
-    compute: ([x], [out], rows, columns) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
+    compute: ([x], [out], { rows, columns }) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
   };
 }
 
@@ -44,7 +45,7 @@ export function pairRowsOp(elementwise: Elementwise, dtype: Float, width: number
     name: "PairRows",
     inputs: [float, float, i64, float, i64],
     columns: () => 2 * width,
-    compute([keep, table, ids, hidden, hiddenRows], [out], rows) {
+    compute([keep, table, ids, hidden, hiddenRows], [out], { rows }) {
       elementwise.pairRows(out, { keep, table, ids, hidden, hiddenRows }, rows, width, dtype);
     },
   };
@@ -58,7 +59,7 @@ export function addRmsNormOp(elementwise: Elementwise, dtype: Float, epsilon: nu
     optional: 1,
     outputs: 2,
     columns: (columns) => columns,
-    compute([x, residual, weight], [norm, sum], rows, columns) {
+    compute([x, residual, weight], [norm, sum], { rows, columns }) {
       elementwise.addRmsNorm({ norm, sum }, { x, residual, weight }, rows, columns, epsilon, dtype);
     },
   };
@@ -69,7 +70,8 @@ export function linearOp(products: Products, dtype: Float): CustomOp {
   return {
     name: "Linear",
     inputs: [float, float],
-    columns: (_inner, of) => of(1),
-    compute: ([x, w], [y], rows, inner, columns) => products.launch(y, x, w, { rows, inner, columns }),
+    columns: (_inner, dims) => dims(1)[1],
+    compute: ([x, w], [y], { rows, columns: inner, width: columns }) =>
+      products.launch(y, x, w, { rows, inner, columns }),
   };
 }

@@ -1,52 +1,66 @@
-/** One sequence on the GPU: its prompt, and cycles of drafting and verification, each a captured graph. */
+/** One sequence on the GPU: its prompt, its rows in blocks, and what its last tree left. */
 import type { Pinned } from "../../cuda/driver.ts";
-import type { TreeShape } from "../../decode/drafters/plan.ts";
+import type { CycleStart, Move } from "../../cuda/tree.ts";
 import type { Fresh, Scores, Sequence } from "../../decode/target.ts";
 import type { Tree } from "../../decode/tree.ts";
 import type { Path } from "../../decode/verify.ts";
 import type { Mark, PrefixCache, Rows } from "../prefix-cache.ts";
 import type { Prompt } from "../target.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
-import { Cycle, PLAIN } from "./cycle.ts";
 import { CudaDraftState } from "./draft.ts";
-import { DeviceCache, Staging } from "./memory.ts";
-import { CHUNK, type CudaModel, MAX_TREE } from "./model.ts";
+import { pagedRows, Staging } from "./memory.ts";
+import { CHUNK, type CudaModel, CYCLE_ROWS } from "./model.ts";
+import type { DeviceRows } from "./shared-rows.ts";
+import type { Workspace } from "./workspace.ts";
+
+/** Who wants to know of a sequence. */
+export interface Owner {
+  /** It takes no part in cycles any more, not in the one that runs either. */
+  left(sequence: CudaSequence): void;
+  /** Its memory may serve another. */
+  ended(sequence: CudaSequence): void;
+  /** Logits of its last tree are not wanted any more. */
+  released(sequence: CudaSequence): void;
+}
+
+/** Where a sequence's last tree is: the first of its rows in the pass, and the likeliest token after each node. */
+interface Verified {
+  row: number;
+  best: Int32Array;
+}
 
 /** Rows of keys and values of accepted tokens lie at 0 … length-1; those of the last tree's nodes after them. */
 export class CudaSequence implements Sequence {
   readonly model: CudaModel;
-  readonly cache: DeviceCache;
-  /** [capacity+MAX_TREE,D], after the final norm: accepted tokens' by index, the last tree's from `treeRow` on. */
-  readonly hidden: Tensor;
-  readonly treeRow: number;
-  /** [MAX_TREE,V] */
-  readonly logits: Tensor;
+  readonly space: Workspace;
+  /** Its place in the tables of blocks, angles and biases. */
+  readonly slot: number;
   readonly draft: CudaDraftState | undefined;
   /** Prompt and answer; the last one may not have been through the target yet. */
   readonly tokens: number[] = [];
-  /** Rows before the last tree's, and its nodes that were accepted since: moved when the next cycle starts. */
+  /** Rows before the last tree's, and its nodes that were accepted since: moved before the next cycle starts. */
   kept = { length: 0, nodes: [] as number[] };
-  readonly #release: (sequence: CudaSequence) => void;
+  readonly #owner: Owner;
   readonly #staging: Staging<"ids" | "positions" | "masks" | "control" | "logitRow" | "imageIndex">;
   readonly #angles: Record<"cos" | "sin", Pinned>;
   /** Rows of the prompt's pictures, one after the other: as large as was needed so far. */
   #imageRows: { tensor: Tensor; pinned: Pinned } | undefined;
+  /** [V] after the prompt's last token. */
+  readonly #first: Tensor;
   readonly #row: { tensor: Tensor; pinned: Pinned };
   /** The prompt's tokens whose rows another sequence had. */
   cached = 0;
-  readonly #cycles = new Map<string, Cycle>();
-  #running: Cycle | undefined;
+  #verified: Verified | undefined;
   #prompt: Prompt | undefined;
 
-  constructor(model: CudaModel, release: (sequence: CudaSequence) => void) {
-    const { runtime, cuda, dtype, capacity, draft } = model;
+  constructor(model: CudaModel, space: Workspace, slot: number, owner: Owner) {
+    const { runtime, cuda, dtype, draft, cache } = model;
     const { language } = model.config;
     this.model = model;
-    this.#release = release;
-    this.cache = new DeviceCache(model, language, capacity);
-    this.treeRow = capacity;
-    this.hidden = runtime.tensor(dtype, (capacity + MAX_TREE) * language.hidden, "device");
-    this.logits = runtime.tensor(dtype, MAX_TREE * language.vocabulary, "device");
+    this.space = space;
+    this.slot = slot;
+    this.#owner = owner;
+    this.#first = runtime.tensor(dtype, language.vocabulary, "device");
     const row = runtime.tensor("f32", language.vocabulary, "device");
     this.#row = { tensor: row, pinned: cuda.pinned(language.vocabulary * 4) };
     this.#staging = new Staging(runtime, {
@@ -57,7 +71,7 @@ export class CudaSequence implements Sequence {
       logitRow: ["i64", 1],
       imageIndex: ["i64", CHUNK],
     });
-    const bytes = this.cache.cos.elements * 4;
+    const bytes = (cache.paging.angleStride || cache.cos.elements) * 4;
     this.#angles = { cos: cuda.pinned(bytes), sin: cuda.pinned(bytes) };
     this.draft = draft && new CudaDraftState(this, draft);
   }
@@ -71,19 +85,22 @@ export class CudaSequence implements Sequence {
     return this.kept.length + this.kept.nodes.length;
   }
 
-  /** Starts a sequence in this memory; `angles` fills the rotary tables of its rows and says how many numbers of each. */
+  /** Starts a sequence in this memory, with room for its prompt; `angles` fills the rotary tables of its rows and says how many numbers of each. */
   begin(prompt: Prompt, angles: (cos: Float32Array, sin: Float32Array) => number): void {
     this.#prompt = prompt;
     this.draft?.begin(); // first of all: whatever fails below, its rows are not this prompt's
+    this.#verified = undefined;
     this.tokens.length = 0;
     for (const token of prompt.expanded.tokens) this.tokens.push(token);
     this.kept = { length: 0, nodes: [] };
     this.cached = 0;
-    this.model.cuda.synchronize();
+    const { blocks, cache, cuda } = this.model;
+    blocks.reserve(this.slot, this.tokens.length);
+    cuda.synchronize();
     const { cos, sin } = this.#angles;
     const filled = angles(new Float32Array(cos.buffer), new Float32Array(sin.buffer));
-    for (const name of ["cos", "sin"] as const)
-      this.model.cuda.upload(this.cache[name].pointer, this.#angles[name], filled * 4);
+    const at = BigInt(this.slot * cache.paging.angleStride * 4);
+    for (const name of ["cos", "sin"] as const) cuda.upload(cache[name].pointer + at, this.#angles[name], filled * 4);
     this.#sendImages(prompt);
   }
 
@@ -106,7 +123,7 @@ export class CudaSequence implements Sequence {
   }
 
   /** Where rows are shared with other sequences, if this one's may be. */
-  get prefixes(): PrefixCache<Tensor> | undefined {
+  get prefixes(): PrefixCache<DeviceRows> | undefined {
     return this.#prompt?.shared && this.model.prefixes;
   }
 
@@ -137,9 +154,13 @@ export class CudaSequence implements Sequence {
   }
 
   /** Keys, values, and the hidden states that the draft reads. */
-  get #shared(): Rows<Tensor>[] {
-    const { hidden: width } = this.model.config.language;
-    return [...this.cache.rows, { data: this.hidden, heads: 1, count: this.hidden.elements / width, width }];
+  get #shared(): Rows<DeviceRows>[] {
+    return this.draft ? [this.model.cache.rows(this.slot), this.#hidden] : [this.model.cache.rows(this.slot)];
+  }
+
+  get #hidden(): Rows<DeviceRows> {
+    const { blocks, hidden, config } = this.model;
+    return pagedRows(blocks, this.slot, hidden, 1, config.language.hidden);
   }
 
   /** [rows,D] of all pictures of the prompt. */
@@ -149,7 +170,7 @@ export class CudaSequence implements Sequence {
 
   /** Queues a pass over the prompt's tokens `from` … `to`. */
   prefillChunk(from: number, to: number): void {
-    const { cuda, config, prefill } = this.model;
+    const { cuda, config, prefill, cache } = this.model;
     const { hidden: width, vocabulary } = config.language;
     const n = to - from;
     const staging = this.#staging;
@@ -159,7 +180,7 @@ export class CudaSequence implements Sequence {
       ids[i] = BigInt(this.tokens[from + i]);
       positions[i] = from + i;
     }
-    staging.i32("control").set([from, 0, 1, 0]);
+    staging.i32("control").set([from, 0, 1, this.slot]);
     staging.i64("logitRow")[0] = BigInt(n - 1);
     const images = this.#imageIndex(from, to, staging.i64("imageIndex"));
     for (const name of ["ids", "positions"] as const) staging.send(name, n);
@@ -167,13 +188,23 @@ export class CudaSequence implements Sequence {
     staging.send("logitRow", 1);
     staging.send("imageIndex", images.count);
     using binding = prefill.binding();
-    this.cache.bind(binding, this.#inputs, n);
+    cache.bind(binding, this.#inputs, n);
     binding.input("image_rows", this.imageRows, [images.count, width], images.first * width);
     binding.input("image_index", staging.tensor("imageIndex"), [images.count, 1]);
     binding.input("logit_rows", staging.tensor("logitRow"), [1]);
-    binding.output("hidden", this.hidden, [n, width], from * width).output("logits", this.logits, [1, vocabulary]);
-    binding.run();
+    const rows = this.space.prompt;
+    binding.output("hidden", rows, [n, width]).output("logits", this.#first, [1, vocabulary]).run();
+    if (this.draft) this.#keepHidden(rows, from, n);
     this.kept = { length: to, nodes: [] };
+  }
+
+  /** Puts hidden states of a piece of the prompt where the draft finds them. */
+  #keepHidden(rows: Tensor, from: number, count: number): void {
+    const { elementwise, dtype } = this.model;
+    const { data, heads: planes, width } = this.#hidden;
+    const rowBytes = width * DTYPES[dtype].bytes;
+    const plain = { base: rows.pointer, rowBytes, planes, count };
+    elementwise.copyRows({ ...data, rowBytes, planes, count: 0 }, from, plain, 0, count);
   }
 
   get #inputs() {
@@ -194,89 +225,87 @@ export class CudaSequence implements Sequence {
     return { first: Math.max(0, first), count };
   }
 
-  /** Queues a cycle of a shape; its root is the text's last token. */
-  start(shape: TreeShape): void {
-    const draft = shape === PLAIN ? undefined : this.draft;
-    draft?.catchUp();
-    this.#running = this.cycle(shape);
+  /** Where a row is among all sequences'. */
+  rowOf(row: number): number {
+    return this.model.blocks.row(this.slot, row);
+  }
+
+  /** What of the last tree has to be moved, if anything; from then on it counts as moved. */
+  settle(): Move | undefined {
     const { length, nodes } = this.kept;
-    const fresh = draft?.fresh() ?? { rows: [0], next: [this.tokens.at(-1)!] };
-    const state = draft ? { length: draft.length, position: draft.position } : { length: 0, position: 0 };
-    this.#running.start({ target: { length, nodes }, draft: state, fresh });
-    draft?.took(fresh.rows.length);
+    if (nodes.length === 0) return undefined;
     this.kept = { length: this.length, nodes: [] };
+    const first = this.model.treeRow + this.#verified!.row;
+    return {
+      from: nodes.map((node) => this.rowOf(length + node)),
+      to: nodes.map((_, i) => this.rowOf(length + i)),
+      hiddenFrom: nodes.map((node) => first + node),
+    };
   }
 
-  /** A whole cycle that keeps nothing but its root, followed by token 0: for measurements. */
-  step(shape: TreeShape): void {
-    this.start(shape);
-    this.finish();
-    this.commit({ nodes: [0], tokens: [0] });
+  /** What a cycle begins with, drafting or not; all that the last one left must be settled. Its root is the text's last token. */
+  next(drafting: boolean): CycleStart {
+    const draft = drafting ? this.draft : undefined;
+    const { slot, length } = this;
+    this.model.blocks.reserve(slot, length + CYCLE_ROWS);
+    draft?.catchUp();
+    const fresh = draft?.fresh() ?? { rows: [0], next: [this.tokens.at(-1)!] };
+    const { length: rows, position } = draft ?? { length: 0, position: 0 };
+    draft?.took(fresh.rows.length);
+    return { slot, length, draft: { length: rows, position }, fresh };
   }
 
-  /** The tree of the cycle that was started, when it is done. */
-  finish(): Tree {
-    if (!this.#running) throw new Error("no cycle was started");
-    this.model.cuda.synchronize();
-    return this.#running.tree();
-  }
-
-  get running(): boolean {
-    return this.#running !== undefined;
-  }
-
-  /** The shape's cycle, made when it is first asked for; `capture` makes it a graph. */
-  cycle(shape: TreeShape): Cycle {
-    const key = `${shape.totalToken}/${shape.depth}/${shape.topK}`;
-    const cycle = this.#cycles.get(key) ?? new Cycle(this, shape);
-    this.#cycles.set(key, cycle);
-    return cycle;
+  /** The tree that a pass has verified. */
+  verified(tree: Verified): void {
+    this.#verified = tree;
   }
 
   get firstLogits(): Float32Array {
-    return this.#logitsOf(0);
+    return this.#logitsOf(this.#first, 0);
   }
 
   /** Row of logits on the host, valid until the next. */
-  #logitsOf(row: number): Float32Array {
+  #logitsOf(logits: Tensor, row: number): Float32Array {
     const { cuda, elementwise, dtype, config } = this.model;
     const { vocabulary } = config.language;
     const { tensor, pinned } = this.#row;
-    const from = this.logits.pointer + BigInt(row * vocabulary * DTYPES[dtype].bytes);
+    const from = logits.pointer + BigInt(row * vocabulary * DTYPES[dtype].bytes);
     elementwise.convert(tensor.pointer, "f32", from, dtype, vocabulary);
     cuda.download(pinned, tensor.pointer, vocabulary * 4);
     cuda.synchronize();
     return new Float32Array(pinned.buffer);
   }
 
-  /** Of the tree that `finish` gave: it was verified in the same cycle. */
+  /** Of the tree that was drafted: it was verified in the same cycle. */
   scores(_tree: Tree): Scores {
-    const best = this.#running!.best();
-    return { row: (node) => this.#logitsOf(node), best: (node) => best[node] };
+    const { row, best } = this.#verified!;
+    return { row: (node) => this.#logitsOf(this.space.logits, row + node), best: (node) => best[node] };
   }
 
   commit(path: Path): Fresh {
     this.kept.nodes = path.nodes;
     this.tokens.push(...path.tokens);
-    this.#running = undefined;
     return { rows: path.nodes, next: path.tokens };
   }
 
+  release(): void {
+    this.#owner.released(this);
+  }
+
   rewind(): void {
-    this.model.cuda.synchronize();
+    this.#owner.left(this);
     this.tokens.length = this.prompt.expanded.tokens.length;
     this.kept = { length: this.tokens.length, nodes: [] };
-    this.#running = undefined;
     this.draft?.rewind();
   }
 
   [Symbol.dispose](): void {
     if (!this.#prompt) return;
     this.#share();
-    this.model.cuda.synchronize();
     this.#prompt = undefined;
-    this.#running = undefined;
-    this.#release(this);
+    this.#owner.left(this);
+    this.model.blocks.release(this.slot);
+    this.#owner.ended(this);
   }
 
   #freeImages(): void {
@@ -287,11 +316,10 @@ export class CudaSequence implements Sequence {
   }
 
   free(): void {
-    for (const cycle of this.#cycles.values()) cycle[Symbol.dispose]();
     this.#freeImages();
     this.model.cuda.freePinned(this.#row.pinned);
-    for (const tensor of [this.hidden, this.logits, this.#row.tensor]) tensor[Symbol.dispose]();
+    for (const tensor of [this.#first, this.#row.tensor]) tensor[Symbol.dispose]();
     for (const pinned of Object.values(this.#angles)) this.model.cuda.freePinned(pinned);
-    for (const part of [this.#staging, this.cache, this.draft]) part?.[Symbol.dispose]();
+    for (const part of [this.#staging, this.draft]) part?.[Symbol.dispose]();
   }
 }

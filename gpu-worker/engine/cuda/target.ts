@@ -1,31 +1,43 @@
 /** The big model on the GPU. */
+import { BLOCK_ROWS } from "../../cuda/attention.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
+import type { KvPool } from "../../decode/pool.ts";
 import type { TargetModel } from "../../decode/target.ts";
 import { frequencies, ropeTable } from "../../model/rope.ts";
 import { fillAngles, type Prompt } from "../target.ts";
-import { CHUNK, type CudaModel, MAX_TREE } from "./model.ts";
+import { Batch } from "./batch.ts";
+import { CHUNK, type CudaModel, CYCLE_ROWS, MAX_TREE } from "./model.ts";
 import { CudaSequence } from "./sequence.ts";
+import { Workspace } from "./workspace.ts";
 
+/** Tokens of a prompt's pass while others decode: short enough for them to go on smoothly. */
+const BUSY_CHUNK = 128;
 /** Tokens of the prompt that graphs are made after. */
 const WARM_TOKENS = 128;
 const REPEATS = 7;
+/** Cycles until the shape has its graph. */
+const TO_GRAPH = 3;
 
 export class CudaTarget implements TargetModel<CudaSequence> {
   readonly model: CudaModel;
+  readonly batch: Batch;
+  pool?: KvPool;
+  readonly #space: Workspace;
   readonly #rope: { cos: Float32Array; sin: Float32Array };
   readonly #free: CudaSequence[] = [];
-  /** Whose cycles are made graphs at once. */
-  #shapes: readonly TreeShape[] = [];
+  #made = 0;
 
   constructor(model: CudaModel) {
     this.model = model;
     const { contextLength, language, ropeTheta } = model.config;
     this.#rope = ropeTable(contextLength, frequencies(language.headSize, ropeTheta));
+    this.#space = new Workspace(model);
+    this.batch = new Batch(model, this.#space);
   }
 
-  /** Memory for the whole context is taken with the first sequence, and used again by later ones. */
+  /** Throws an Error when as many sequences have memory as can. */
   begin(prompt: Prompt, room: number): CudaSequence {
-    const sequence = this.#free.pop() ?? this.#make();
+    const sequence = this.#take();
     try {
       this.#begin(sequence, prompt, room);
     } catch (error) {
@@ -37,65 +49,90 @@ export class CudaTarget implements TargetModel<CudaSequence> {
 
   #begin(sequence: CudaSequence, prompt: Prompt, room: number): void {
     const { expanded } = prompt;
-    const rows = Math.min(this.model.capacity, expanded.tokens.length + room + MAX_TREE);
+    const { headSize } = this.model.config.language;
+    const most = this.model.blocks.width * BLOCK_ROWS;
+    const rows = Math.min(most, expanded.tokens.length + room + MAX_TREE);
     sequence.begin(prompt, (cos, sin) => {
       fillAngles({ cos, sin }, this.#rope, this.model, expanded, rows);
-      return (rows * this.model.config.language.headSize) / 2;
+      return (rows * headSize) / 2;
     });
   }
 
-  #make(): CudaSequence {
-    const sequence = new CudaSequence(this.model, (ended) => this.#free.push(ended));
-    if (this.#shapes.length > 0) this.#warm(sequence, this.#shapes);
-    return sequence;
+  #take(): CudaSequence {
+    const free = this.#free.pop();
+    if (free) return free;
+    if (this.#made === this.model.blocks.slots)
+      throw new Error(`${this.#made} sequences have all memory that there is`);
+    return new CudaSequence(this.model, this.#space, this.#made++, {
+      left: (sequence) => this.batch.leave(sequence),
+      ended: (sequence) => this.#free.push(sequence),
+      released: (sequence) => this.batch.release(sequence),
+    });
   }
 
-  *passes(sequence: CudaSequence, chunk = CHUNK): Generator<void> {
+  *passes(sequence: CudaSequence): Generator<void> {
     const { length } = sequence.prompt.expanded.tokens;
     sequence.reuse();
-    for (let from = sequence.length; ; from += chunk) {
-      sequence.prefillChunk(from, Math.min(length, from + chunk));
-      if (from + chunk >= length) return;
+    for (let from = sequence.length; ; ) {
+      const to = Math.min(length, from + (this.batch.decoding > 0 ? BUSY_CHUNK : CHUNK));
+      sequence.prefillChunk(from, to);
+      if (to === length) return;
+      from = to;
       yield;
     }
   }
 
-  /** Makes graphs of the shapes' cycles, in this and all later memory. */
-  warm(shapes: readonly TreeShape[]): void {
-    this.#shapes = shapes;
-    using sequence = this.#free.pop() ?? this.#make();
-    this.#warm(sequence, shapes);
+  /** The most sequences that there is room for at the same time while cycles are made and measured. */
+  get most(): number {
+    const { free, slots } = this.model.blocks;
+    return Math.max(1, Math.min(slots, Math.floor((free * BLOCK_ROWS) / (WARM_TOKENS + CYCLE_ROWS + BLOCK_ROWS))));
   }
 
-  #warm(sequence: CudaSequence, shapes: readonly TreeShape[]): void {
-    this.prefill(sequence, WARM_TOKENS);
-    for (const shape of shapes) {
-      // ONNX Runtime takes its memory in the first runs.
-      for (let i = 0; i < 2; i++) sequence.step(shape);
-      sequence.cycle(shape).capture();
+  /** Makes graphs of the cycles of each shape that is offered to one sequence, to two, and so on. */
+  warm(offered: (sequences: number) => readonly TreeShape[]): void {
+    using stack = new DisposableStack();
+    const all = Array.from({ length: this.most }, () => stack.use(this.started(WARM_TOKENS)));
+    for (let count = 1; count <= all.length; count++)
+      for (const shape of offered(count)) this.#steps(all.slice(0, count), shape, TO_GRAPH);
+  }
+
+  /** Milliseconds of so many cycles, after which the sequences are as they were. */
+  #steps(sequences: readonly CudaSequence[], shape: TreeShape, count: number): number[] {
+    const times = Array.from({ length: count }, () => this.batch.step(sequences, shape));
+    for (const sequence of sequences) {
+      sequence.rewind();
+      sequence.tokens.push(0);
     }
+    return times;
   }
 
-  /** Starts a sequence of so many equal tokens. */
-  prefill(sequence: CudaSequence, tokens: number): void {
-    const ids = new Array<number>(Math.min(tokens, this.model.config.contextLength - 1)).fill(0);
-    const prompt = { expanded: this.model.family.expandPrompt(ids, []), imageRows: [] };
-    this.#begin(sequence, prompt, this.model.config.contextLength);
+  /** A sequence of so many equal tokens, ready for a cycle. */
+  started(tokens: number): CudaSequence {
+    const { family, config } = this.model;
+    const most = config.contextLength - 1;
+    const ids = new Array<number>(Math.min(tokens, most)).fill(0);
+    const sequence = this.begin({ expanded: family.expandPrompt(ids, []), imageRows: [] }, most - ids.length);
     for (const _ of this.passes(sequence));
     sequence.tokens.push(0);
+    return sequence;
   }
 
-  /** Milliseconds that the device takes for a cycle of each shape after a prompt of so many tokens: medians. */
-  measure(shapes: readonly TreeShape[], tokens = WARM_TOKENS): number[] {
-    using sequence = this.#free.pop() ?? this.#make();
-    this.prefill(sequence, tokens);
+  /**
+   * Milliseconds that the device takes for a cycle of each shape, of so many sequences after prompts of so many tokens:
+   * medians.
+   */
+  measure(shapes: readonly TreeShape[], count = 1, tokens = WARM_TOKENS): number[] {
+    using stack = new DisposableStack();
+    const sequences = Array.from({ length: count }, () => stack.use(this.started(tokens)));
     return shapes.map((shape) => {
-      const times = Array.from({ length: REPEATS }, () => this.model.cuda.milliseconds(() => sequence.step(shape)));
+      const times = this.#steps(sequences, shape, TO_GRAPH + REPEATS).slice(TO_GRAPH);
       return times.sort((a, b) => a - b)[REPEATS >> 1];
     });
   }
 
   [Symbol.dispose](): void {
+    this.model.cuda.synchronize();
     for (const sequence of this.#free.splice(0)) sequence.free();
+    for (const part of [this.batch, this.#space]) part[Symbol.dispose]();
   }
 }
