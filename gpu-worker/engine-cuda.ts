@@ -63,13 +63,10 @@ export function onCuda(runtime: Runtime, options: EngineOptions, draft: string |
   const cost = draft === undefined || shape ? undefined : costTable(counts, costsOf(target, counts, options, draft));
   const choose = () => (cost ? new ShapeChooser([...MENU, ...CROWD], cost) : always(shape));
   let chooser = draft === undefined ? always() : choose();
-  const drafter = (c: Chooser, drafts: boolean) => cudaDrafter(target.batch, c, drafts) as Drafter;
+  const drafter = (c: Chooser) => cudaDrafter(target.batch, c) as Drafter;
   return {
-    ...{ model, target, plain: drafter(always(), false), concurrency },
-    drafter: drafter(
-      { choose: (n) => chooser.choose(n), learn: (...what) => chooser.learn(...what) },
-      draft !== undefined,
-    ),
+    ...{ model, target, plain: drafter(always()), concurrency },
+    drafter: drafter({ choose: (n) => chooser.choose(n), learn: (...what) => chooser.learn(...what) }),
     forget: () => {
       if (cost) chooser = choose();
     },

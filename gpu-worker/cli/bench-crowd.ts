@@ -22,8 +22,8 @@ export interface CrowdBench {
   longEvery: number | undefined;
 }
 
-/** Tokens of a long prompt, and of its answer. */
-const LONG = { prompt: 4000, answer: 32 };
+/** Tokens of a long prompt, and of its answer; milliseconds to the first one, when the answers' first cycle is over. */
+const LONG = { prompt: 4000, answer: 32, after: 100 };
 
 interface Answer {
   tokens: number;
@@ -96,6 +96,7 @@ async function rowOf(
 async function longPrompts(target: CudaTarget, drafter: Drafter, every: number, signal: AbortSignal): Promise<number> {
   const none = () => Promise.resolve();
   const under: Promise<unknown>[] = [];
+  await sleep(LONG.after, undefined, { signal }).catch(() => {});
   while (!signal.aborted) {
     under.push(answer(target, drafter, LONG.prompt, LONG.answer, signal, none).catch(() => {}));
     await sleep(every, undefined, { signal }).catch(() => {});

@@ -7,9 +7,6 @@ import { CHUNK, type CudaDraft, type CudaModel, FRESH_ROWS } from "./model.ts";
 import type { CudaSequence } from "./sequence.ts";
 import { ONE } from "./workspace.ts";
 
-/** Rows of a pass over a prompt, which takes turns with cycles of others. */
-const PIECE = 512;
-
 /** A row of the prompt: the token at index `at` + 1 with the hidden state of `at`, or one of the adaptor's; its bias row. */
 interface Row {
   at: number;
@@ -74,9 +71,9 @@ export class CudaDraftState implements Disposable {
     ({ length: this.length, position: this.position } = this.#prompt);
   }
 
-  /** Queues what the draft has to see before a cycle: the prompt, if `passes` did not, and what plain cycles wrote. */
+  /** Queues what the draft has to see before a cycle: the prompt at first, and later what plain cycles wrote. */
   catchUp(): void {
-    for (const _ of this.passes());
+    if (this.position === 0) this.#prefillPrompt();
     const { length } = this.#sequence;
     const end = length - 1;
     if (length - this.position <= FRESH_ROWS) return;
@@ -86,9 +83,8 @@ export class CudaDraftState implements Disposable {
     this.position = end;
   }
 
-  /** Runs the prompt, if that was not done: its rows but the last, whose token only the first cycle knows. */
-  *passes(): Generator<void> {
-    if (this.position > 0) return;
+  /** The prompt's rows but the last, whose token only the first cycle knows. */
+  #prefillPrompt(): void {
     const { prompt, tokens, prefixes } = this.#sequence;
     const { queries, hidden } = this.#draft.config;
     const { images } = prompt.expanded;
@@ -120,10 +116,7 @@ export class CudaDraftState implements Disposable {
     const bytes = hidden * DTYPES[this.#model.dtype].bytes;
     this.#model.cuda.upload(this.#bias.pointer, table.pointer + BigInt(last * bytes), bytes);
     this.length = prefixes?.reuse(this.#owner, marks, this.#rows) ?? 0;
-    for (let from = this.length; from < rows.length; from += PIECE) {
-      this.#chunk(rows.slice(from, from + PIECE), table);
-      yield;
-    }
+    this.#run(rows.slice(this.length), table);
     this.#marks = marks;
     this.position = end;
     this.#prompt = { length: this.length, position: end };

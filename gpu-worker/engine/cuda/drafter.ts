@@ -1,5 +1,4 @@
 /** Drafting on the GPU: a cycle's tree is drafted and verified in one go, so proposing one gives its scores too. */
-import { setImmediate } from "node:timers/promises";
 import type { Drafter, Drafting } from "../../decode/drafters/drafter.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Fresh } from "../../decode/target.ts";
@@ -16,12 +15,10 @@ class CudaDrafting implements Drafting {
   readonly #sequence: CudaSequence;
   readonly #batch: Batch;
   readonly #chooser: Chooser;
-  readonly #drafts: boolean;
   #next: Promise<Tree> | undefined;
   #first = true;
 
-  constructor(sequence: CudaSequence, batch: Batch, chooser: Chooser, drafts: boolean) {
-    this.#drafts = drafts;
+  constructor(sequence: CudaSequence, batch: Batch, chooser: Chooser) {
     this.#sequence = sequence;
     this.#batch = batch;
     this.#chooser = chooser;
@@ -33,11 +30,8 @@ class CudaDrafting implements Drafting {
     this.#next.catch(() => {}); // whoever proposes gets to know
   }
 
-  async propose(fresh: Fresh): Promise<Tree> {
-    if (this.#first) {
-      this.#sequence.tokens.push(...fresh.next);
-      if (this.#drafts) for (const _ of this.#sequence.draft?.passes() ?? []) await setImmediate();
-    }
+  propose(fresh: Fresh): Promise<Tree> {
+    if (this.#first) this.#sequence.tokens.push(...fresh.next);
     if (!this.#next) this.ahead(fresh);
     this.#first = false;
     const tree = this.#next!;
@@ -46,7 +40,7 @@ class CudaDrafting implements Drafting {
   }
 }
 
-/** Sequences whose drafter has the same chooser share passes. `drafts`: whether it may ever choose a tree. */
-export function cudaDrafter(batch: Batch, chooser: Chooser, drafts = true): Drafter<CudaSequence> {
-  return { maxTree: ROOM, start: (sequence) => new CudaDrafting(sequence, batch, chooser, drafts) };
+/** Sequences whose drafter has the same chooser share passes. */
+export function cudaDrafter(batch: Batch, chooser: Chooser): Drafter<CudaSequence> {
+  return { maxTree: ROOM, start: (sequence) => new CudaDrafting(sequence, batch, chooser) };
 }
