@@ -185,6 +185,8 @@ describe("the command line", () => {
     [["serve", "--port", "70000"], /--port is 70000/],
     [["serve", "--concurrency", "17"], /--concurrency is 17; it must be a whole number from 1 to 16/],
     [["bench", "--concurrency", "1,2", "--device", "webgpu"], /--concurrency is 2; .* not for --device webgpu/],
+    [["bench", "--crowd", "8"], /--crowd is for --device cuda/],
+    [["bench", "--crowd", "17", "--device", "cuda"], /--crowd is 17; it must be a whole number from 1 to 16/],
     [["bench", "--arrival", "poisson:0"], /--arrival is poisson:0; it must be closed, or poisson:RATE/],
     [["serve", "--deadline", "0"], /--deadline is 0/],
     [["serve", "--drain", "soon"], /--drain is soon/],

@@ -28,6 +28,16 @@ describe("a pool of rows", () => {
     expect(pool.used).toBe(0);
   });
 
+  test("admits no more at the same time than there are places", async () => {
+    const pool = new KvPool(rows(4), 2);
+    const [first, second] = [await pool.admit(rows(1), signal), await pool.admit(rows(1), signal)];
+    const third = pool.admit(rows(1), signal);
+    expect(await settled(third)).toBe(false);
+    second[Symbol.dispose]();
+    for (const room of [first, await third]) room[Symbol.dispose]();
+    expect(pool.used).toBe(0);
+  });
+
   test("has the youngest give way to one that grows, and admits it again before new ones", async () => {
     const pool = new KvPool(rows(4));
     const [old, middle, young] = [await pool.admit(rows(1), signal), await pool.admit(rows(1), signal), await pool.admit(rows(1), signal)]; // biome-ignore format: one line
