@@ -78,7 +78,7 @@ export async function generateCommand(args: string[], signal: AbortSignal): Prom
     max_tokens: number(flags, "max-tokens", { min: 1 }),
   };
   const chat = parseChatRequest(JSON.stringify(body));
-  const engine = new LocalEngine(engineOptions(flags));
+  const engine = new LocalEngine({ ...engineOptions(flags), concurrency: 1 });
   try {
     await engine.warmUp();
     const asker = { id: "generate", tenant: "" };

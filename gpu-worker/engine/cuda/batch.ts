@@ -1,5 +1,5 @@
 /** Cycles of several sequences: those that are ready at the same time draft and verify their trees in one pass each. */
-import { Moves } from "../../cuda/tree.ts";
+import { Moves } from "../../cuda/moves.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Tree } from "../../decode/tree.ts";
 import { DTYPES } from "../tensor.ts";

@@ -1,6 +1,7 @@
 /** One sequence on the GPU: its prompt, its rows in blocks, and what its last tree left. */
 import type { Pinned } from "../../cuda/driver.ts";
-import type { CycleStart, Move } from "../../cuda/tree.ts";
+import type { Move } from "../../cuda/moves.ts";
+import type { CycleStart } from "../../cuda/tree.ts";
 import type { Fresh, Scores, Sequence } from "../../decode/target.ts";
 import type { Tree } from "../../decode/tree.ts";
 import type { Path } from "../../decode/verify.ts";
