@@ -46,7 +46,7 @@ export class Batch implements Disposable {
   #asked: Asked[] = [];
   #running: Started | undefined;
   /** The last cycle, for its chooser to learn from. */
-  #last: { cycle: Cycle; chooser: Chooser; milliseconds: number } | undefined;
+  #last: { cycle: Cycle; asked: readonly Asked[]; milliseconds: number } | undefined;
   #soon: NodeJS.Immediate | undefined;
 
   constructor(model: CudaModel, space: Workspace) {
@@ -111,11 +111,13 @@ export class Batch implements Disposable {
   #learn(asked: readonly Asked[]): void {
     const last = this.#last;
     this.#last = undefined;
-    if (last?.chooser !== asked[0].chooser) return;
-    const accepted = asked.flatMap((one) => one.accepted ?? []);
+    if (last?.asked[0].chooser !== asked[0].chooser) return;
+    // One that comes late tells of an earlier cycle.
+    const took = new Set(last.asked.map(({ sequence }) => sequence));
+    const accepted = asked.flatMap((one) => (took.has(one.sequence) ? (one.accepted ?? []) : []));
     const { shape, sequences } = last.cycle;
     if (accepted.length > 0)
-      last.chooser.learn(shape === PLAIN ? undefined : shape, accepted, last.milliseconds, sequences);
+      asked[0].chooser.learn(shape === PLAIN ? undefined : shape, accepted, last.milliseconds, sequences);
   }
 
   /** Queues what the last trees left to do, and a cycle. */
@@ -141,7 +143,7 @@ export class Batch implements Disposable {
     const { cycle, asked, wait } = this.#running!;
     try {
       const milliseconds = wait();
-      this.#last = { cycle, chooser: asked[0].chooser, milliseconds };
+      this.#last = { cycle, asked, milliseconds };
       const here = [...asked.entries()].filter(([, { gone }]) => !gone);
       for (const [i, { sequence }] of here) this.#take(cycle, sequence, i);
       for (const [, { sequence }] of here) this.#reading.add(sequence);
