@@ -9,7 +9,7 @@ import { cachedCosts, codeHash } from "./engine/costs-cache.ts";
 import type { Chooser } from "./engine/cuda/batch.ts";
 import { PLAIN } from "./engine/cuda/cycle.ts";
 import { always, cudaDrafter } from "./engine/cuda/drafter.ts";
-import { loadCudaModel } from "./engine/cuda/model.ts";
+import { loadCudaModel, SHARED_TREE } from "./engine/cuda/model.ts";
 import { CudaTarget } from "./engine/cuda/target.ts";
 import type { Runtime } from "./engine/runtime.ts";
 import type { EngineOptions, Parts } from "./engine-local.ts";
@@ -18,8 +18,6 @@ import type { EngineOptions, Parts } from "./engine-local.ts";
 const CONCURRENCY = 16;
 /** How many sequences cycles are measured for; between them costs are a line. */
 const COUNTS = [1, 2, 4, 8, 16];
-/** Nodes of the largest tree where several share a pass. */
-const SHARED_TREE = 32;
 
 /** Trees for so many sequences, plain decoding first. */
 function offered(sequences: number): TreeShape[] {

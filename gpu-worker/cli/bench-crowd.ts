@@ -41,7 +41,6 @@ async function answer(
   ready: () => Promise<void>,
   accept?: (tree: Tree) => Path,
 ): Promise<Answer> {
-  // biome-ignore format: one list
   const expanded = target.model.family.expandPrompt(new Array<number>(prompt).fill(0), []);
   const options = { samplers: [new Sampler(GREEDY)], maxTokens, stopTokens: new Set<number>(), signal, accept };
   const gaps: number[] = [];
@@ -65,7 +64,6 @@ async function rowOf(
   { accept, past, longEvery }: CrowdBench,
   signal: AbortSignal,
 ) {
-  // biome-ignore format: one list
   const all = Promise.withResolvers<void>();
   let [waiting, begun] = [n, 0];
   const ready = () => {

@@ -124,19 +124,19 @@ export class Batch implements Disposable {
   #queue(sequences: readonly CudaSequence[], shape: TreeShape): Pick<Started, "cycle" | "wait"> {
     const { cuda } = this.#model;
     const cycle = this.cycle(shape, sequences.length);
-    const starts = this.#settled(sequences).map((sequence) => sequence.next(shape !== PLAIN));
+    this.#settle(sequences);
+    const starts = sequences.map((sequence) => sequence.next(shape !== PLAIN));
     return { cycle, wait: cuda.timed(() => cycle.start(starts)) };
   }
 
   /** Moves what sequences accepted of their last trees: keys and values, and hidden states for the draft. */
-  #settled(sequences: readonly CudaSequence[]): readonly CudaSequence[] {
+  #settle(sequences: readonly CudaSequence[]): void {
     const { trees, cache, draft, hidden, config, dtype } = this.#model;
     const moves = [...new Set([...this.#decoding, ...sequences])].flatMap((sequence) => sequence.settle() ?? []);
-    if (moves.length === 0) return sequences;
+    if (moves.length === 0) return;
     this.#moves.send(moves);
     trees.moveRows(this.#moves, cache.place);
     if (draft) trees.keepRows(this.#moves, hidden.pointer, config.language.hidden * DTYPES[dtype].bytes);
-    return sequences;
   }
 
   #finish(): void {

@@ -36,8 +36,8 @@ export const FRESH_ROWS = 10;
 export const CYCLE_ROWS = MAX_TREE + 16;
 /** The same of a cycle and the one after it, which may be queued before its room is asked for. */
 export const ROOM = CYCLE_ROWS + 16;
-/** Nodes of a tree, where several share a pass. */
-const SHARED_TREE = 32;
+/** Most nodes of a tree where several share a pass and it is chosen by cost. */
+export const SHARED_TREE = 32;
 /** Of the memory that is free once weights are there, for the KV cache. */
 const KV_SHARE = 0.6;
 /** At most; and a third of what is free then. */
