@@ -11,6 +11,7 @@ const MULTIPROCESSORS = 16;
 const CAPABILITY = { major: 75, minor: 76 };
 const MAX_DYNAMIC_SHARED = 8;
 const NON_BLOCKING = 1;
+const UNTIMED = 2;
 const RELAXED = 2;
 const OUT_OF_MEMORY = 2;
 
@@ -26,9 +27,14 @@ export interface Pinned {
 }
 
 /** What every source may use. */
-const PRELUDE =
-  "__device__ __forceinline__ void awaitInputs() {\n#if __CUDA_ARCH__ >= 900\n" +
-  '  asm volatile("griddepcontrol.wait;" ::: "memory");\n#endif\n}\n#line 1\n';
+const PRELUDE = `
+__device__ __forceinline__ void awaitInputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+#line 1
+`;
 
 let opened: Cuda | undefined;
 
@@ -167,6 +173,11 @@ export class Cuda {
     }
   }
 
+  /** A place in the stream, to be waited for. */
+  mark(): Mark {
+    return new Mark(get("cuEventCreate", UNTIMED), this.stream);
+  }
+
   /** Milliseconds that the device takes for what `run` queues; waits for it. */
   milliseconds(run: () => void): number {
     return this.timed(run)();
@@ -183,6 +194,31 @@ export class Cuda {
       call("cuEventSynchronize", to);
       return get<number>("cuEventElapsedTime", from, to);
     };
+  }
+}
+
+/** A place in the stream. */
+export class Mark implements Disposable {
+  readonly #event: bigint;
+  readonly #stream: bigint;
+
+  constructor(event: bigint, stream: bigint) {
+    this.#event = event;
+    this.#stream = stream;
+  }
+
+  /** It is now behind all that was queued. */
+  record(): void {
+    call("cuEventRecord", this.#event, this.#stream);
+  }
+
+  /** Waits for what is before it, if it was ever recorded. */
+  wait(): void {
+    call("cuEventSynchronize", this.#event);
+  }
+
+  [Symbol.dispose](): void {
+    call("cuEventDestroy_v2", this.#event);
   }
 }
 

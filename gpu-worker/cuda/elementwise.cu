@@ -63,8 +63,23 @@ extern "C" __global__ void gatherRows(void* out, const void* table, const int* i
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
+// The second cache is asked for memory that the next kernel reads; each block asks for its share.
+__device__ __forceinline__ void fetchAhead(const char* from, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  const u32 piece = 4096, blocks = gridDim.x * gridDim.y;
+  const unsigned long long i = blockIdx.x + gridDim.x * blockIdx.y + (unsigned long long)threadIdx.x * blocks;
+  if (i * piece >= bytes) return;
+  const u32 at = (u32)i * piece, size = min(piece, bytes - at);
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(size) : "memory");
+#endif
+}
+
 // out[r, i] = silu(x[r, i]) * x[r, inner + i]; blocks (rows, pieces of a row); eight values a thread where they are narrow.
-extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int type) {
+// Blocks behind the rows only ask for `next`.
+extern "C" __global__ void gatedSilu(void* out, const void* x, const char* next, int nextBytes, int rows, int inner,
+                                     int type) {
+  fetchAhead(next, nextBytes);
+  if ((int)blockIdx.x >= rows) return;
   awaitInputs();
   const long long row = blockIdx.x;
   const int i = blockIdx.y * blockDim.x + threadIdx.x;
@@ -184,6 +199,17 @@ extern "C" __global__ void readAll(const uint4* from, u32* out, int n) {
   }
   for (; i < n; i += step) sum ^= from[i].x;
   if (sum == 0x9e3779b9u) out[0] = sum;
+}
+
+// to[r, f] = table[p, f]: of the token in row r < tokens, p is positions[axes[f], r], behind them r + delta; rows of
+// `half` numbers, `most` of them in the table; a thread a number.
+extern "C" __global__ void pickAngles(float* to, const float* table, const int* positions, const int* axes, int tokens,
+                                      int delta, int half, int rows, int most) {
+  awaitInputs();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x, r = i / half, f = i % half;
+  if (r >= rows) return;
+  const int p = r < tokens ? positions[axes[f] * tokens + r] : r + delta;
+  to[i] = table[(long long)max(0, min(p, most - 1)) * half + f];
 }
 
 // Where rows of planes lie: row r of plane p at base + p * planeBytes + r * rowBytes or, where there is a table, row

@@ -6,11 +6,30 @@ import type { Cuda, Kernel } from "./driver.ts";
 /** Element types, as the kernels number them. */
 export type Float = "f32" | "f16" | "bf16";
 const TYPES: Record<Float, number> = { f32: 0, f16: 1, bf16: 2 };
-const NAMES = ["convert", "turn", "gatherRows", "pairRows", "gatedSilu", "addRmsNorm", "readAll", "copyRows"] as const;
+const NAMES = [
+  "convert",
+  "turn",
+  "gatherRows",
+  "pairRows",
+  "gatedSilu",
+  "addRmsNorm",
+  "readAll",
+  "copyRows",
+  "pickAngles",
+] as const;
 const THREADS = 256;
 const BLOCKS = 2048;
 const TILE = 32;
 const BLOCK_ROWS = 64;
+/** Bytes of the next product's weights that SiLU asks for, while memory has nothing else to do, with so many blocks. */
+const AHEAD = 4 << 20;
+const ASKING = 64;
+
+/** Weights on the device. */
+export interface Weights {
+  pointer: bigint;
+  bytes: number;
+}
 
 /**
  * Rows of planes: [planes][count][rowBytes], or where a table is given (i32, on the device: the block of each 64 rows)
@@ -77,10 +96,28 @@ export class Elementwise {
     this.#kernels.copyRows.launch(grid, THREADS, 0, ...into, toAt, ...out, at, rows, rowBytes, wide ? 1 : 0);
   }
 
-  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits. */
-  gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float): void {
+  /**
+   * to [rows,half] = table [most,half] at each row's positions: those of the prompt's tokens by axis, positions
+   * [axes,tokens] i32 and axes [half] i32; then the row + delta.
+   */
+  pickAngles(
+    to: bigint,
+    table: bigint,
+    { positions, axes }: { positions: bigint; axes: bigint },
+    { tokens, delta, half, rows, most }: Record<"tokens" | "delta" | "half" | "rows" | "most", number>,
+  ): void {
+    const grid = [Math.ceil((rows * half) / THREADS), 1, 1] as const;
+    const numbers = [tokens, delta, half, rows, most];
+    this.#kernels.pickAngles.launch(grid, THREADS, 0, to, table, positions, axes, ...numbers);
+  }
+
+  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits; `next`: what is read then. */
+  gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float, next?: Weights): void {
     const threads = type === "f32" ? inner : inner / 8;
-    this.#kernels.gatedSilu.launch([rows, Math.ceil(threads / THREADS), 1], THREADS, 0, out, x, inner, TYPES[type]);
+    const pieces = Math.ceil(threads / THREADS);
+    const blocks = next ? Math.max(rows, Math.ceil(ASKING / pieces)) : rows;
+    const ahead = [next?.pointer ?? 0n, Math.min(next?.bytes ?? 0, AHEAD)];
+    this.#kernels.gatedSilu.launch([blocks, pieces, 1], THREADS, 0, out, x, ...ahead, rows, inner, TYPES[type]);
   }
 
   /** [table[ids] ; hidden[hiddenRows]] where keep is not 0, else zeros: [rows,2·width]; indices i64. */

@@ -29,6 +29,7 @@ const functions = {
   cuGraphExecDestroy: "int f(void* exec)",
   cuGraphDestroy: "int f(void* graph)",
   cuEventCreate: "int f(_Out_ void** event, uint flags)",
+  cuEventDestroy_v2: "int f(void* event)",
   cuEventRecord: "int f(void* event, void* stream)",
   cuEventSynchronize: "int f(void* event)",
   cuEventElapsedTime: "int f(_Out_ float* ms, void* from, void* to)",

@@ -88,7 +88,8 @@ async function* decodeChoice<S extends Sequence>(
     fresh = running.sequence.commit(path);
     given.push(...path.tokens);
     const ended = given.length >= maxTokens || stopTokens.has(path.tokens.at(-1)!);
-    if (!ended && !options.logits) drafting.ahead?.(fresh);
+    // One that waits for room must not have others wait for it.
+    if (!ended && !options.logits && running.hasRoom) drafting.ahead?.(fresh);
     if (!options.logits) running.sequence.release?.();
     yield {
       tokens: path.tokens,

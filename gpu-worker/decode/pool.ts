@@ -125,6 +125,11 @@ export class Room implements Disposable {
     this.blocks = blocks;
   }
 
+  /** Whether it has so many rows, and need not give them back. */
+  has(rows: number): boolean {
+    return !this.gaveWay && rows <= this.blocks * BLOCK_ROWS;
+  }
+
   /** Grows to so many rows; false: it has to be given back instead. Rejects as `admit`. */
   grow(rows: number, signal: AbortSignal): Promise<boolean> {
     return this.#pool.grow(this, rows, signal);

@@ -78,7 +78,12 @@ export class Running<S extends Sequence> implements Disposable {
     return true;
   }
 
-  /** Whether there is room for another tree. If not, `begin` has to come next. */
+  /** Whether there is room for another tree, without waiting. */
+  get hasRoom(): boolean {
+    return this.#room?.has(this.sequence.length + this.#options.maxTree) ?? true;
+  }
+
+  /** Waits for room for another tree. False: `begin` has to come next. */
   async fits(): Promise<boolean> {
     const { maxTree, signal } = this.#options;
     return (await this.#room?.grow(this.sequence.length + maxTree, signal)) ?? true;

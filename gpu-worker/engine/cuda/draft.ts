@@ -4,6 +4,7 @@ import type { Mark } from "../prefix-cache.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
 import { Staging } from "./memory.ts";
 import { CHUNK, type CudaDraft, type CudaModel, FRESH_ROWS } from "./model.ts";
+import { FEW } from "./prompts.ts";
 import type { CudaSequence } from "./sequence.ts";
 import { ONE } from "./workspace.ts";
 
@@ -171,10 +172,14 @@ export class CudaDraftState implements Disposable {
     const { hidden: width } = this.#draft.config;
     const staging = this.#staging;
     const n = rows.length;
+    // Products search for algorithms by the number of rows: small ones, which would be many, are padded.
+    const padded = Math.max(n, FEW);
+    this.#model.blocks.reserve(this.#sequence.slot, this.length + padded);
     cuda.synchronize();
     const [ids, hiddenRows, positions] = [staging.i64("ids"), staging.i64("hiddenRows"), staging.i32("positions")];
     const biasRow = staging.i32("biasRow");
-    for (const [i, row] of rows.entries()) {
+    for (let i = 0; i < padded; i++) {
+      const row = rows[Math.min(i, n - 1)];
       ids[i] = BigInt(row.id ?? 0);
       hiddenRows[i] = row.id === undefined ? 0n : BigInt(this.#sequence.rowOf(row.at));
       positions[i] = row.at;
@@ -182,19 +187,22 @@ export class CudaDraftState implements Disposable {
     }
     staging.i32("control").set([this.length, 0, 1, this.#sequence.slot]);
     staging.i64("last")[0] = BigInt(n - 1);
-    this.#sendKeep(n, (i) => rows[i].id !== undefined);
-    for (const name of ["ids", "hiddenRows", "positions", "biasRow"] as const) staging.send(name, n);
+    this.#sendKeep(padded, (i) => rows[Math.min(i, n - 1)].id !== undefined);
+    for (const name of ["ids", "hiddenRows", "positions", "biasRow"] as const) staging.send(name, padded);
     staging.send("control", 4);
     staging.send("last", 1);
-    elementwise.gatherRows(this.#rowBias.pointer, table.pointer, staging.tensor("biasRow").pointer, 1, n, width, dtype);
-    using binding = this.#draft.prompt.binding();
+    const index = staging.tensor("biasRow").pointer;
+    elementwise.gatherRows(this.#rowBias.pointer, table.pointer, index, 1, padded, width, dtype);
+    using binding = this.#draft.layer.binding();
     const at = (name: "ids" | "positions" | "masks" | "control") => staging.tensor(name).pointer;
-    this.#draft.cache.bind(binding, { ids: at("ids"), positions: at("positions"), masks: at("masks"), control: at("control") }, n); // biome-ignore format: one line
+    this.#draft.cache.bind(binding, { ids: at("ids"), positions: at("positions"), masks: at("masks"), control: at("control") }, padded); // biome-ignore format: one line
     const { hidden } = this.#model;
     binding.input("hidden", hidden, [hidden.elements / width, width]);
-    binding.input("hidden_rows", staging.tensor("hiddenRows"), [n]).input("keep", staging.tensor("keep"), [n, 1]);
-    binding.input("row_bias", this.#rowBias, [n, width]).input("logit_rows", staging.tensor("last"), [1]);
-    binding.output("out", this.#out, [n, width]).output("logits", this.#logits, [1, this.#draft.vocabulary]);
+    binding
+      .input("hidden_rows", staging.tensor("hiddenRows"), [padded])
+      .input("keep", staging.tensor("keep"), [padded, 1]);
+    binding.input("row_bias", this.#rowBias, [padded, width]).input("logit_rows", staging.tensor("last"), [1]);
+    binding.output("out", this.#out, [padded, width]).output("logits", this.#logits, [1, this.#draft.vocabulary]);
     binding.run();
     this.length += n;
   }

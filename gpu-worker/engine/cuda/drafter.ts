@@ -4,7 +4,7 @@ import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Fresh } from "../../decode/target.ts";
 import type { Tree } from "../../decode/tree.ts";
 import type { Batch, Chooser } from "./batch.ts";
-import { ROOM } from "./model.ts";
+import { CYCLE_ROWS } from "./model.ts";
 import type { CudaSequence } from "./sequence.ts";
 
 /** Always the same shape; without one, plain decoding. */
@@ -42,5 +42,5 @@ class CudaDrafting implements Drafting {
 
 /** Sequences whose drafter has the same chooser share passes. */
 export function cudaDrafter(batch: Batch, chooser: Chooser): Drafter<CudaSequence> {
-  return { maxTree: ROOM, start: (sequence) => new CudaDrafting(sequence, batch, chooser) };
+  return { maxTree: CYCLE_ROWS, start: (sequence) => new CudaDrafting(sequence, batch, chooser) };
 }

@@ -9,7 +9,7 @@ import { Elementwise, type Float } from "../../cuda/elementwise.ts";
 import { Products } from "../../cuda/products.ts";
 import { TreeKernels } from "../../cuda/tree.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
-import type { Graph, GraphOptions } from "../../graph/graph.ts";
+import type { Graph } from "../../graph/graph.ts";
 import { CUSTOM_DOMAIN, encodeOnnx } from "../../graph/onnx.ts";
 import { parseConfig } from "../../model/config.ts";
 import { adaptorGraph, DRAFT_ATTENTION, draftBiasGraph, draftGraph, foldGraph } from "../../model/draft.ts";
@@ -34,8 +34,6 @@ export const MAX_TREE = 128;
 export const FRESH_ROWS = 10;
 /** Rows that a cycle may write after those that were accepted before it: a tree of the draft's, after fresh rows. */
 export const CYCLE_ROWS = MAX_TREE + 16;
-/** The same of a cycle and the one after it, which may be queued before its room is asked for. */
-export const ROOM = CYCLE_ROWS + 16;
 /** Most nodes of a tree where several share a pass and it is chosen by cost. */
 export const SHARED_TREE = 32;
 /** Of the memory that is free once weights are there, for the KV cache. */
@@ -48,8 +46,6 @@ const DRAFT_VOCABULARY = 32_768;
 
 export interface CudaDraft {
   config: NonNullable<Checkpoint["draft"]>["config"];
-  /** Over a prompt's rows, and over those of a cycle. */
-  prompt: Session;
   layer: Session;
   bias: Session;
   adaptor: Session;
@@ -114,12 +110,12 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const dtype = options.dtype ?? (head.dtype as Float);
   const graphOptions = { dtype, attention: "own" as const, int8: false };
   const elementwise = new Elementwise(cuda);
-  const blocks = new Blocks(runtime, concurrency, config.contextLength + ROOM);
+  const blocks = new Blocks(runtime, concurrency, config.contextLength + CYCLE_ROWS);
   const cache = new PagedCache(runtime, blocks, language, dtype, "each");
   const draftCache = drafting && new PagedCache(runtime, blocks, { ...drafting.config, layers: 1 }, dtype, "shared");
-  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging), gatedSiluOp(elementwise, dtype)];
-  ops.push(addRmsNormOp(elementwise, dtype, language.epsilon));
-  ops.push(linearOp(new Products(cuda, elementwise, dtype), dtype));
+  const products = new Products(cuda, elementwise, dtype);
+  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging), linearOp(products, dtype)];
+  ops.push(gatedSiluOp(elementwise, dtype, products), addRmsNormOp(elementwise, dtype, language.epsilon));
   const cycleOptions = { ...graphOptions, searched: true };
   if (drafting) {
     const { epsilon, hidden } = drafting.config;
@@ -150,11 +146,9 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     const { cos, sin } = ropeTable(blocks.width * BLOCK_ROWS, frequencies(headSize, ropeTheta));
     fill(runtime, draftCache!.cos, cos);
     fill(runtime, draftCache!.sin, sin);
-    const layer = (o: GraphOptions) => draftGraph(d.config, d.weights, head, o, tokens);
     return {
       config: d.config,
-      prompt: session(layer(graphOptions), [fixed]),
-      layer: pass("draft", layer(cycleOptions), [fixed]),
+      layer: pass("draft", draftGraph(d.config, d.weights, head, cycleOptions, tokens), [fixed]),
       bias: session(draftBiasGraph(d.config, d.weights, graphOptions)),
       adaptor: session(adaptorGraph(d.config, d.weights, graphOptions)),
       vocabulary: tokens?.length ?? language.vocabulary,
@@ -166,7 +160,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     passage: new CudaPassage(runtime, elementwise, dtype),
     trees: new TreeKernels(cuda, dtype),
     vision: session(family.visionGraph(source, graphOptions)),
-    prefill: session(languageGraph(language, source, graphOptions, names)),
+    prefill: session(languageGraph(language, source, cycleOptions, names)),
     text: pass("target", languageGraph(language, source, cycleOptions, names, false)),
     draft: drafting && load(drafting),
   };
@@ -177,7 +171,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const room = Math.min(options.kvBytes ?? Number.POSITIVE_INFINITY, KV_SHARE * cuda.freeMemory);
   const count = Math.min(concurrency * blocks.width, Math.floor(room / blockBytes) - 1);
   // An answer must end by its length, not for want of room.
-  config.contextLength = Math.min(config.contextLength, count * BLOCK_ROWS - ROOM);
+  config.contextLength = Math.min(config.contextLength, count * BLOCK_ROWS - CYCLE_ROWS);
   if (config.contextLength < 2)
     throw new CheckpointError(`a KV cache of ${Math.floor(room)} bytes has no room for a token and a tree`);
   blocks.fill(count);
@@ -187,7 +181,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const bytes = options.prefixBytes ?? Math.min(PREFIX_BYTES, cuda.freeMemory / 3);
   const prefixes = new PrefixCache(bytes, deviceRows(runtime, elementwise, dtype));
   const { draft, vision, prefill, text, passage } = parts;
-  const sessions = [vision, prefill, text, draft?.prompt, draft?.layer, draft?.bias, draft?.adaptor];
+  const sessions = [vision, prefill, text, draft?.layer, draft?.bias, draft?.adaptor];
   const memory = [draft?.map, passage, prefixes, hidden, cache, draftCache, blocks, weights];
   return {
     ...{ ...files, ...parts, dtype, cuda, runtime, elementwise, weights, passBytes },
@@ -200,9 +194,10 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
 
 const bytesOf = ({ tensor }: FixedInput) => tensor.elements * DTYPES[tensor.dtype].bytes;
 
-/** Integers on the device. */
-export function put(runtime: Runtime, data: Int32Array | BigInt64Array): Tensor {
-  const tensor = runtime.tensor(data instanceof Int32Array ? "i32" : "i64", data.length, "device");
+/** Numbers on the device. */
+export function put(runtime: Runtime, data: Int32Array | BigInt64Array | Float32Array): Tensor {
+  const dtype = data instanceof Float32Array ? "f32" : data instanceof Int32Array ? "i32" : "i64";
+  const tensor = runtime.tensor(dtype, data.length, "device");
   fill(runtime, tensor, data);
   return tensor;
 }

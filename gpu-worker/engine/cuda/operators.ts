@@ -30,12 +30,13 @@ export function attentionOp(
   };
 }
 
-export function gatedSiluOp(elementwise: Elementwise, dtype: Float): CustomOp {
+export function gatedSiluOp(elementwise: Elementwise, dtype: Float, products: Products): CustomOp {
   return {
     name: "GatedSilu",
     inputs: [DTYPES[dtype].onnx],
     columns: (columns) => columns / 2,
-    compute: ([x], [out], { rows, columns }) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
+    compute: ([x], [out], { rows, columns }) =>
+      elementwise.gatedSilu(out, x, rows, columns / 2, dtype, products.next(rows, columns / 2)),
   };
 }
 

@@ -1,5 +1,5 @@
 /** One sequence on the GPU: its prompt, its rows in blocks, and what its last tree left. */
-import type { Pinned } from "../../cuda/driver.ts";
+import type { Pinned, Mark as StreamMark } from "../../cuda/driver.ts";
 import type { Move } from "../../cuda/moves.ts";
 import type { CycleStart } from "../../cuda/tree.ts";
 import type { Fresh, Scores, Sequence } from "../../decode/target.ts";
@@ -9,8 +9,9 @@ import type { Mark, PrefixCache, Rows } from "../prefix-cache.ts";
 import type { Prompt } from "../target.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
 import { CudaDraftState } from "./draft.ts";
-import { pagedRows, Staging } from "./memory.ts";
-import { CHUNK, type CudaModel, CYCLE_ROWS } from "./model.ts";
+import { pagedRows } from "./memory.ts";
+import { type CudaModel, CYCLE_ROWS } from "./model.ts";
+import type { PromptPasses } from "./prompts.ts";
 import type { DeviceRows } from "./shared-rows.ts";
 import type { Workspace } from "./workspace.ts";
 
@@ -42,8 +43,7 @@ export class CudaSequence implements Sequence {
   /** Rows before the last tree's, and its nodes that were accepted since: moved before the next cycle starts. */
   kept = { length: 0, nodes: [] as number[] };
   readonly #owner: Owner;
-  readonly #staging: Staging<"ids" | "positions" | "masks" | "control" | "logitRow" | "imageIndex">;
-  readonly #angles: Record<"cos" | "sin", Pinned>;
+  readonly #imagesSent: StreamMark;
   /** Rows of the prompt's pictures, one after the other: as large as was needed so far. */
   #imageRows: { tensor: Tensor; pinned: Pinned } | undefined;
   /** [V] after the prompt's last token. */
@@ -55,7 +55,7 @@ export class CudaSequence implements Sequence {
   #prompt: Prompt | undefined;
 
   constructor(model: CudaModel, space: Workspace, slot: number, owner: Owner) {
-    const { runtime, cuda, dtype, draft, cache } = model;
+    const { runtime, cuda, dtype, draft } = model;
     const { language } = model.config;
     this.model = model;
     this.space = space;
@@ -64,16 +64,7 @@ export class CudaSequence implements Sequence {
     this.#first = runtime.tensor(dtype, language.vocabulary, "device");
     const row = runtime.tensor("f32", language.vocabulary, "device");
     this.#row = { tensor: row, pinned: cuda.pinned(language.vocabulary * 4) };
-    this.#staging = new Staging(runtime, {
-      ids: ["i64", CHUNK],
-      positions: ["i32", CHUNK],
-      masks: ["i32", 4 * CHUNK],
-      control: ["i32", 4],
-      logitRow: ["i64", 1],
-      imageIndex: ["i64", CHUNK],
-    });
-    const bytes = (cache.paging.angleStride || cache.cos.elements) * 4;
-    this.#angles = { cos: cuda.pinned(bytes), sin: cuda.pinned(bytes) };
+    this.#imagesSent = cuda.mark();
     this.draft = draft && new CudaDraftState(this, draft);
   }
 
@@ -86,8 +77,8 @@ export class CudaSequence implements Sequence {
     return this.kept.length + this.kept.nodes.length;
   }
 
-  /** Starts a sequence in this memory, with room for its prompt; `angles` fills the rotary tables of its rows and says how many numbers of each. */
-  begin(prompt: Prompt, angles: (cos: Float32Array, sin: Float32Array) => number): void {
+  /** Starts a sequence in this memory, with room for its prompt. */
+  begin(prompt: Prompt, passes: PromptPasses): void {
     this.#prompt = prompt;
     this.draft?.begin(); // first of all: whatever fails below, its rows are not this prompt's
     this.#verified = undefined;
@@ -95,19 +86,15 @@ export class CudaSequence implements Sequence {
     for (const token of prompt.expanded.tokens) this.tokens.push(token);
     this.kept = { length: 0, nodes: [] };
     this.cached = 0;
-    const { blocks, cache, cuda } = this.model;
-    blocks.reserve(this.slot, this.tokens.length);
-    cuda.synchronize();
-    const { cos, sin } = this.#angles;
-    const filled = angles(new Float32Array(cos.buffer), new Float32Array(sin.buffer));
-    const at = BigInt(this.slot * cache.paging.angleStride * 4);
-    for (const name of ["cos", "sin"] as const) cuda.upload(cache[name].pointer + at, this.#angles[name], filled * 4);
+    this.model.blocks.reserve(this.slot, this.tokens.length);
+    passes.turn(this);
     this.#sendImages(prompt);
   }
 
   #sendImages({ imageRows }: Prompt): void {
     const { cuda, runtime, dtype } = this.model;
     const bytes = imageRows.reduce((sum, rows) => sum + rows.byteLength, 0);
+    this.#imagesSent.wait();
     if (!this.#imageRows || this.#imageRows.pinned.buffer.byteLength < bytes) {
       this.#freeImages();
       const room = Math.max(bytes, DTYPES[dtype].bytes * this.model.config.language.hidden);
@@ -121,6 +108,7 @@ export class CudaSequence implements Sequence {
       at += rows.byteLength;
     }
     if (bytes > 0) cuda.upload(tensor.pointer, pinned, bytes);
+    this.#imagesSent.record();
   }
 
   /** Where rows are shared with other sequences, if this one's may be. */
@@ -170,32 +158,12 @@ export class CudaSequence implements Sequence {
   }
 
   /** Queues a pass over the prompt's tokens `from` … `to`. */
-  prefillChunk(from: number, to: number): void {
-    const { cuda, config, prefill, cache } = this.model;
-    const { hidden: width, vocabulary } = config.language;
-    const n = to - from;
-    const staging = this.#staging;
-    cuda.synchronize(); // what the pass before was sent
-    const [ids, positions] = [staging.i64("ids"), staging.i32("positions")];
-    for (let i = 0; i < n; i++) {
-      ids[i] = BigInt(this.tokens[from + i]);
-      positions[i] = from + i;
-    }
-    staging.i32("control").set([from, 0, 1, this.slot]);
-    staging.i64("logitRow")[0] = BigInt(n - 1);
-    const images = this.#imageIndex(from, to, staging.i64("imageIndex"));
-    for (const name of ["ids", "positions"] as const) staging.send(name, n);
-    staging.send("control", 4);
-    staging.send("logitRow", 1);
-    staging.send("imageIndex", images.count);
-    using binding = prefill.binding();
-    cache.bind(binding, this.#inputs, n);
-    binding.input("image_rows", this.imageRows, [images.count, width], images.first * width);
-    binding.input("image_index", staging.tensor("imageIndex"), [images.count, 1]);
-    binding.input("logit_rows", staging.tensor("logitRow"), [1]);
-    const rows = this.space.prompt;
-    binding.output("hidden", rows, [n, width]).output("logits", this.#first, [1, vocabulary]).run();
-    if (this.draft) this.#keepHidden(rows, from, n);
+  prefillChunk(passes: PromptPasses, from: number, to: number): void {
+    const { hidden, logits } = passes.run(this, from, to);
+    const { cuda, dtype } = this.model;
+    if (to === this.tokens.length)
+      cuda.upload(this.#first.pointer, logits.pointer, logits.elements * DTYPES[dtype].bytes);
+    if (this.draft) this.#keepHidden(hidden, from, to - from);
     this.kept = { length: to, nodes: [] };
   }
 
@@ -206,24 +174,6 @@ export class CudaSequence implements Sequence {
     const rowBytes = width * DTYPES[dtype].bytes;
     const plain = { base: rows.pointer, rowBytes, planes, count };
     elementwise.copyRows({ ...data, rowBytes, planes, count: 0 }, from, plain, 0, count);
-  }
-
-  get #inputs() {
-    const at = (name: "ids" | "positions" | "masks" | "control") => this.#staging.tensor(name).pointer;
-    return { ids: at("ids"), positions: at("positions"), masks: at("masks"), control: at("control") };
-  }
-
-  /** Writes the places of image rows among tokens from … to; those rows are `count` from the prompt's row `first` on. */
-  #imageIndex(from: number, to: number, index: BigInt64Array): { first: number; count: number } {
-    let [first, count, before] = [-1, 0, 0];
-    for (const { at, count: rows } of this.prompt.expanded.images) {
-      for (let t = Math.max(at, from); t < Math.min(at + rows, to); t++) {
-        if (first < 0) first = before + t - at;
-        index[count++] = BigInt(t - from);
-      }
-      before += rows;
-    }
-    return { first: Math.max(0, first), count };
   }
 
   /** Where a row is among all sequences'. */
@@ -320,7 +270,6 @@ export class CudaSequence implements Sequence {
     this.#freeImages();
     this.model.cuda.freePinned(this.#row.pinned);
     for (const tensor of [this.#first, this.#row.tensor]) tensor[Symbol.dispose]();
-    for (const pinned of Object.values(this.#angles)) this.model.cuda.freePinned(pinned);
-    for (const part of [this.#staging, this.draft]) part?.[Symbol.dispose]();
+    for (const part of [this.#imagesSent, this.draft]) part?.[Symbol.dispose]();
   }
 }

@@ -3,15 +3,13 @@ import { BLOCK_ROWS } from "../../cuda/attention.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { KvPool } from "../../decode/pool.ts";
 import type { TargetModel } from "../../decode/target.ts";
-import { frequencies, ropeTable } from "../../model/rope.ts";
-import { fillAngles, type Prompt } from "../target.ts";
+import type { Prompt } from "../target.ts";
 import { Batch } from "./batch.ts";
-import { CHUNK, type CudaModel, CYCLE_ROWS, MAX_TREE } from "./model.ts";
+import { CHUNK, type CudaModel, CYCLE_ROWS } from "./model.ts";
+import { FEW, PromptPasses } from "./prompts.ts";
 import { CudaSequence } from "./sequence.ts";
 import { Workspace } from "./workspace.ts";
 
-/** Tokens of a prompt's pass while others decode: short enough for them to go on smoothly. */
-const BUSY_CHUNK = 128;
 /** Tokens of the prompt that graphs are made after. */
 const WARM_TOKENS = 128;
 const REPEATS = 7;
@@ -23,39 +21,27 @@ export class CudaTarget implements TargetModel<CudaSequence> {
   readonly batch: Batch;
   pool?: KvPool;
   readonly #space: Workspace;
-  readonly #rope: { cos: Float32Array; sin: Float32Array };
+  readonly #prompts: PromptPasses;
   readonly #free: CudaSequence[] = [];
   #made = 0;
 
   constructor(model: CudaModel) {
     this.model = model;
-    const { contextLength, language, ropeTheta } = model.config;
-    this.#rope = ropeTable(contextLength, frequencies(language.headSize, ropeTheta));
+    this.#prompts = new PromptPasses(model);
     this.#space = new Workspace(model);
     this.batch = new Batch(model, this.#space);
   }
 
   /** Throws an Error when as many sequences have memory as can. */
-  begin(prompt: Prompt, room: number): CudaSequence {
+  begin(prompt: Prompt): CudaSequence {
     const sequence = this.#take();
     try {
-      this.#begin(sequence, prompt, room);
+      sequence.begin(prompt, this.#prompts);
     } catch (error) {
       sequence[Symbol.dispose]();
       throw error;
     }
     return sequence;
-  }
-
-  #begin(sequence: CudaSequence, prompt: Prompt, room: number): void {
-    const { expanded } = prompt;
-    const { headSize } = this.model.config.language;
-    const most = this.model.blocks.width * BLOCK_ROWS;
-    const rows = Math.min(most, expanded.tokens.length + room + MAX_TREE);
-    sequence.begin(prompt, (cos, sin) => {
-      fillAngles({ cos, sin }, this.#rope, this.model, expanded, rows);
-      return (rows * headSize) / 2;
-    });
   }
 
   #take(): CudaSequence {
@@ -74,8 +60,9 @@ export class CudaTarget implements TargetModel<CudaSequence> {
     const { length } = sequence.prompt.expanded.tokens;
     sequence.reuse();
     for (let from = sequence.length; ; ) {
-      const to = Math.min(length, from + (this.batch.decoding > 0 ? BUSY_CHUNK : CHUNK));
-      sequence.prefillChunk(from, to);
+      // While others decode, passes are short enough for them to go on smoothly.
+      const to = Math.min(length, from + (this.batch.decoding > 0 ? FEW : CHUNK));
+      sequence.prefillChunk(this.#prompts, from, to);
       if (to === length) return;
       from = to;
       yield;
@@ -91,6 +78,8 @@ export class CudaTarget implements TargetModel<CudaSequence> {
   /** Makes graphs of the cycles of each shape that is offered to one sequence, to two, and so on. */
   warm(offered: (sequences: number) => readonly TreeShape[]): void {
     using stack = new DisposableStack();
+    this.started(WARM_TOKENS)[Symbol.dispose]();
+    this.#prompts.warm();
     const all = Array.from({ length: this.most }, () => stack.use(this.started(WARM_TOKENS)));
     for (let count = 1; count <= all.length; count++)
       for (const shape of offered(count)) this.#steps(all.slice(0, count), shape, TO_GRAPH);
@@ -111,7 +100,7 @@ export class CudaTarget implements TargetModel<CudaSequence> {
     const { family, config } = this.model;
     const most = config.contextLength - 1;
     const ids = new Array<number>(Math.min(tokens, most)).fill(0);
-    const sequence = this.begin({ expanded: family.expandPrompt(ids, []), imageRows: [] }, most - ids.length);
+    const sequence = this.begin({ expanded: family.expandPrompt(ids, []), imageRows: [] });
     for (const _ of this.passes(sequence));
     sequence.tokens.push(0);
     return sequence;
@@ -133,6 +122,6 @@ export class CudaTarget implements TargetModel<CudaSequence> {
   [Symbol.dispose](): void {
     this.model.cuda.synchronize();
     for (const sequence of this.#free.splice(0)) sequence.free();
-    for (const part of [this.batch, this.#space]) part[Symbol.dispose]();
+    for (const part of [this.batch, this.#space, this.#prompts]) part[Symbol.dispose]();
   }
 }

@@ -1,6 +1,6 @@
 /** Memory that passes use, whatever sequences they are of. */
 import { DTYPES, type Tensor } from "../tensor.ts";
-import { CHUNK, type CudaModel, put } from "./model.ts";
+import { type CudaModel, put } from "./model.ts";
 
 /** Most rows of a sequence in a pass of the draft's. */
 const MOST_ROWS = 16;
@@ -24,8 +24,6 @@ export interface DraftSpace {
 export class Workspace implements Disposable {
   /** [passRows,V]: logits of the last trees. */
   readonly logits: Tensor;
-  /** [CHUNK,D]: hidden states of a piece of a prompt. */
-  readonly prompt: Tensor;
   readonly draft: DraftSpace | undefined;
 
   constructor(model: CudaModel) {
@@ -33,7 +31,6 @@ export class Workspace implements Disposable {
     const { hidden, vocabulary } = config.language;
     const rows = (n: number, width = hidden) => runtime.tensor(dtype, n * width, "device");
     this.logits = rows(passRows, vocabulary);
-    this.prompt = rows(CHUNK);
     if (!draft) return;
     const most = MOST_ROWS * blocks.slots;
     this.draft = {
@@ -48,7 +45,7 @@ export class Workspace implements Disposable {
 
   [Symbol.dispose](): void {
     const { out = [], ...rest } = this.draft ?? {};
-    for (const tensor of [this.logits, this.prompt, ...out, ...Object.values(rest)]) tensor[Symbol.dispose]();
+    for (const tensor of [this.logits, ...out, ...Object.values(rest)]) tensor[Symbol.dispose]();
   }
 }
 
