@@ -22,7 +22,7 @@ for (const { name, model, cases } of families) {
   const engine = new LocalEngine({ model, concurrency: CONCURRENCY, ...device });
   const asked = await askedOf(engine, cases);
   const pool = new KvPool(ROWS, CONCURRENCY);
-  const target = engine.parts.target as unknown as { pool: KvPool; batch: Batch | CudaBatch };
+  const target = engine.parts.target as unknown as { pool: KvPool; batch: Batch | CudaBatch<unknown> };
   target.pool = pool;
   for (let seed = 1; seed <= count; seed++) {
     for (const wrong of await runSchedule(engine, asked, seed)) {

@@ -65,8 +65,8 @@ function passesOf(target: CudaTarget, past: number) {
     return median(Array.from({ length: REPEATS }, () => model.cuda.milliseconds(() => graph.launch())));
   };
   const cycleOf = (shape: TreeShape) => {
-    for (let i = 0; i < 2; i++) target.batch.step([sequence], shape);
-    return target.batch.cycle(shape, 1);
+    for (let i = 0; i < 2; i++) target.cycles.step([sequence], shape);
+    return target.cycles.of(shape, 1);
   };
   // Without a draft there is no tree to verify.
   const verify = (model.draft ? NODES : [1]).map((totalToken) => {

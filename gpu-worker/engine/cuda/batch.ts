@@ -1,12 +1,6 @@
-/** Cycles of several sequences: those that are ready at the same time draft and verify their trees in one pass each. */
-import { Moves } from "../../cuda/moves.ts";
+/** Who shares a cycle with whom, and when it begins. Knows no device: `Runner` runs cycles. */
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Tree } from "../../decode/tree.ts";
-import { DTYPES } from "../tensor.ts";
-import { Cycle, PLAIN } from "./cycle.ts";
-import type { CudaModel } from "./model.ts";
-import type { CudaSequence } from "./sequence.ts";
-import type { Workspace } from "./workspace.ts";
 
 /** What decides on the shape of each cycle, and learns what came of it. */
 export interface Chooser {
@@ -16,8 +10,21 @@ export interface Chooser {
   learn(shape: TreeShape | undefined, accepted: readonly number[], milliseconds: number, sequences: number): void;
 }
 
-interface Asked {
-  sequence: CudaSequence;
+/** A cycle that was queued. */
+export interface Run {
+  /** Waits for it, and gives milliseconds. */
+  wait(): number;
+  /** Gives the i-th sequence its tree, verified. */
+  tree(i: number): Tree;
+}
+
+export interface Runner<S> {
+  /** Queues what the last trees of these and of others left to do, and a cycle: drafts trees, verifies them. */
+  start(sequences: readonly S[], shape: TreeShape | undefined, others: Iterable<S>): Run;
+}
+
+interface Asked<S> {
+  sequence: S;
   chooser: Chooser;
   /** Drafts of its last cycle; undefined before there was one. */
   accepted: number | undefined;
@@ -27,32 +34,28 @@ interface Asked {
   reject(error: unknown): void;
 }
 
-interface Started {
-  cycle: Cycle;
-  asked: readonly Asked[];
-  /** Waits for it, and gives milliseconds. */
-  wait(): number;
+/** A cycle of the sequences that asked for it. */
+interface Started<S> {
+  run: Run;
+  shape: TreeShape | undefined;
+  asked: readonly Asked<S>[];
 }
 
-export class Batch implements Disposable {
-  readonly #model: CudaModel;
-  readonly #space: Workspace;
-  readonly #moves: Moves;
-  readonly #cycles = new Map<string, Cycle>();
+/** Sequences that are ready at the same time draft and verify their trees in one pass each. */
+export class Batch<S> implements Disposable {
+  readonly #runner: Runner<S>;
   /** Those that decode: from their first cycle on. */
-  readonly #decoding = new Set<CudaSequence>();
+  readonly #decoding = new Set<S>();
   /** Those of the last cycle whose logits may still be read: the next one overwrites them. */
-  readonly #reading = new Set<CudaSequence>();
-  #asked: Asked[] = [];
-  #running: Started | undefined;
+  readonly #reading = new Set<S>();
+  #asked: Asked<S>[] = [];
+  #running: Started<S> | undefined;
   /** The last cycle, for its chooser to learn from. */
-  #last: { cycle: Cycle; asked: readonly Asked[]; milliseconds: number } | undefined;
+  #last: (Started<S> & { milliseconds: number }) | undefined;
   #soon: NodeJS.Immediate | undefined;
 
-  constructor(model: CudaModel, space: Workspace) {
-    this.#model = model;
-    this.#space = space;
-    this.#moves = new Moves(model.cuda, model.blocks.slots);
+  constructor(runner: Runner<S>) {
+    this.#runner = runner;
   }
 
   /** How many sequences decode. */
@@ -61,7 +64,7 @@ export class Batch implements Disposable {
   }
 
   /** Takes part in the next cycle of the chooser's; gives the tree once it is verified. */
-  ask(sequence: CudaSequence, chooser: Chooser, accepted: number | undefined): Promise<Tree> {
+  ask(sequence: S, chooser: Chooser, accepted: number | undefined): Promise<Tree> {
     this.#decoding.add(sequence);
     this.#reading.delete(sequence);
     return new Promise((resolve, reject) => {
@@ -70,11 +73,13 @@ export class Batch implements Disposable {
     });
   }
 
-  release(sequence: CudaSequence): void {
+  /** The sequence has read what it wants of its last tree's logits. */
+  release(sequence: S): void {
     if (this.#reading.delete(sequence)) this.#begin();
   }
 
-  leave(sequence: CudaSequence): void {
+  /** The sequence takes no part any more, not in the cycle that runs either. */
+  leave(sequence: S): void {
     if (!this.#decoding.delete(sequence)) return;
     this.#reading.delete(sequence);
     for (const asked of this.#running?.asked ?? []) if (asked.sequence === sequence) asked.gone = true;
@@ -98,9 +103,9 @@ export class Batch implements Disposable {
     this.#asked = this.#asked.filter((one) => one.chooser !== chooser);
     this.#learn(asked);
     try {
+      const shape = chooser.choose(asked.length);
       const sequences = asked.map(({ sequence }) => sequence);
-      const shape = chooser.choose(asked.length) ?? PLAIN;
-      this.#running = { ...this.#queue(sequences, shape), asked };
+      this.#running = { run: this.#runner.start(sequences, shape, this.#decoding), shape, asked };
     } catch (error) {
       for (const { reject } of asked) reject(error);
       return;
@@ -108,80 +113,33 @@ export class Batch implements Disposable {
     setImmediate(() => this.#finish());
   }
 
-  #learn(asked: readonly Asked[]): void {
+  #learn(asked: readonly Asked<S>[]): void {
     const last = this.#last;
     this.#last = undefined;
     if (last?.asked[0].chooser !== asked[0].chooser) return;
     // One that comes late tells of an earlier cycle.
     const took = new Set(last.asked.map(({ sequence }) => sequence));
     const accepted = asked.flatMap((one) => (took.has(one.sequence) ? (one.accepted ?? []) : []));
-    const { shape, sequences } = last.cycle;
-    if (accepted.length > 0)
-      asked[0].chooser.learn(shape === PLAIN ? undefined : shape, accepted, last.milliseconds, sequences);
-  }
-
-  /** Queues what the last trees left to do, and a cycle. */
-  #queue(sequences: readonly CudaSequence[], shape: TreeShape): Pick<Started, "cycle" | "wait"> {
-    const { cuda } = this.#model;
-    const cycle = this.cycle(shape, sequences.length);
-    this.#settle(sequences);
-    const starts = sequences.map((sequence) => sequence.next(shape !== PLAIN));
-    return { cycle, wait: cuda.timed(() => cycle.start(starts)) };
-  }
-
-  /** Moves what sequences accepted of their last trees: keys and values, and hidden states for the draft. */
-  #settle(sequences: readonly CudaSequence[]): void {
-    const { trees, cache, draft, hidden, config, dtype } = this.#model;
-    const moves = [...new Set([...this.#decoding, ...sequences])].flatMap((sequence) => sequence.settle() ?? []);
-    if (moves.length === 0) return;
-    this.#moves.send(moves);
-    trees.moveRows(this.#moves, cache.place);
-    if (draft) trees.keepRows(this.#moves, hidden.pointer, config.language.hidden * DTYPES[dtype].bytes);
+    if (accepted.length > 0) asked[0].chooser.learn(last.shape, accepted, last.milliseconds, last.asked.length);
   }
 
   #finish(): void {
-    const { cycle, asked, wait } = this.#running!;
+    const { run, asked, shape } = this.#running!;
+    this.#running = undefined;
     try {
-      const milliseconds = wait();
-      this.#last = { cycle, asked, milliseconds };
-      const here = [...asked.entries()].filter(([, { gone }]) => !gone);
-      for (const [i, { sequence }] of here) this.#take(cycle, sequence, i);
-      for (const [, { sequence }] of here) this.#reading.add(sequence);
-      this.#running = undefined;
-      for (const [i, { resolve }] of asked.entries()) resolve(cycle.tree(i));
+      this.#last = { run, asked, shape, milliseconds: run.wait() };
+      for (const [i, { sequence, gone, resolve }] of asked.entries()) {
+        if (gone) continue; // nobody waits for its tree any more
+        this.#reading.add(sequence);
+        resolve(run.tree(i));
+      }
     } catch (error) {
-      this.#running = undefined;
       for (const { reject } of asked) reject(error);
     }
     this.#begin();
   }
 
-  #take(cycle: Cycle, sequence: CudaSequence, i: number): void {
-    sequence.verified({ row: i * cycle.shape.totalToken, best: cycle.best(i) });
-  }
-
-  /** The cycle of a shape for so many sequences, made when it is first asked for. */
-  cycle(shape: TreeShape, sequences: number): Cycle {
-    const key = `${sequences}/${shape.totalToken}/${shape.depth}/${shape.topK}`;
-    const cycle = this.#cycles.get(key) ?? new Cycle(this.#model, this.#space, shape, sequences);
-    this.#cycles.set(key, cycle);
-    return cycle;
-  }
-
-  /** A whole cycle that keeps nothing but its roots, followed by token 0: for measurements. Gives milliseconds. */
-  step(sequences: readonly CudaSequence[], shape: TreeShape): number {
-    const { cycle, wait } = this.#queue(sequences, shape);
-    const milliseconds = wait();
-    for (const [i, sequence] of sequences.entries()) {
-      this.#take(cycle, sequence, i);
-      sequence.commit({ nodes: [0], tokens: [0] });
-    }
-    return milliseconds;
-  }
-
   [Symbol.dispose](): void {
     clearImmediate(this.#soon);
-    for (const cycle of this.#cycles.values()) cycle[Symbol.dispose]();
-    this.#moves[Symbol.dispose]();
   }
 }

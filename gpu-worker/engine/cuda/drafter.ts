@@ -13,12 +13,12 @@ export const always = (shape?: TreeShape): Chooser => ({ choose: () => shape, le
 class CudaDrafting implements Drafting {
   readonly verifies = true;
   readonly #sequence: CudaSequence;
-  readonly #batch: Batch;
+  readonly #batch: Batch<CudaSequence>;
   readonly #chooser: Chooser;
   #next: Promise<Tree> | undefined;
   #first = true;
 
-  constructor(sequence: CudaSequence, batch: Batch, chooser: Chooser) {
+  constructor(sequence: CudaSequence, batch: Batch<CudaSequence>, chooser: Chooser) {
     this.#sequence = sequence;
     this.#batch = batch;
     this.#chooser = chooser;
@@ -41,6 +41,6 @@ class CudaDrafting implements Drafting {
 }
 
 /** Sequences whose drafter has the same chooser share passes. */
-export function cudaDrafter(batch: Batch, chooser: Chooser): Drafter<CudaSequence> {
+export function cudaDrafter(batch: Batch<CudaSequence>, chooser: Chooser): Drafter<CudaSequence> {
   return { maxTree: CYCLE_ROWS, start: (sequence) => new CudaDrafting(sequence, batch, chooser) };
 }

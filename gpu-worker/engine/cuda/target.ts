@@ -5,6 +5,7 @@ import type { KvPool } from "../../decode/pool.ts";
 import type { TargetModel } from "../../decode/target.ts";
 import type { Prompt } from "../target.ts";
 import { Batch } from "./batch.ts";
+import { Cycles } from "./cycles.ts";
 import { CHUNK, type CudaModel, CYCLE_ROWS } from "./model.ts";
 import { FEW, PromptPasses } from "./prompts.ts";
 import { CudaSequence } from "./sequence.ts";
@@ -18,7 +19,8 @@ const TO_GRAPH = 3;
 
 export class CudaTarget implements TargetModel<CudaSequence> {
   readonly model: CudaModel;
-  readonly batch: Batch;
+  readonly cycles: Cycles;
+  readonly batch: Batch<CudaSequence>;
   pool?: KvPool;
   readonly #space: Workspace;
   readonly #prompts: PromptPasses;
@@ -29,7 +31,8 @@ export class CudaTarget implements TargetModel<CudaSequence> {
     this.model = model;
     this.#prompts = new PromptPasses(model);
     this.#space = new Workspace(model);
-    this.batch = new Batch(model, this.#space);
+    this.cycles = new Cycles(model, this.#space);
+    this.batch = new Batch(this.cycles);
   }
 
   /** Throws an Error when as many sequences have memory as can. */
@@ -87,7 +90,7 @@ export class CudaTarget implements TargetModel<CudaSequence> {
 
   /** Milliseconds of so many cycles, after which the sequences are as they were. */
   #steps(sequences: readonly CudaSequence[], shape: TreeShape, count: number): number[] {
-    const times = Array.from({ length: count }, () => this.batch.step(sequences, shape));
+    const times = Array.from({ length: count }, () => this.cycles.step(sequences, shape));
     for (const sequence of sequences) {
       sequence.rewind();
       sequence.tokens.push(0);
@@ -122,6 +125,6 @@ export class CudaTarget implements TargetModel<CudaSequence> {
   [Symbol.dispose](): void {
     this.model.cuda.synchronize();
     for (const sequence of this.#free.splice(0)) sequence.free();
-    for (const part of [this.batch, this.#space, this.#prompts]) part[Symbol.dispose]();
+    for (const part of [this.batch, this.cycles, this.#space, this.#prompts]) part[Symbol.dispose]();
   }
 }
