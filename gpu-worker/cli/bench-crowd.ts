@@ -2,14 +2,17 @@
 import { setTimeout as sleep } from "node:timers/promises";
 import { decode } from "../decode/decode.ts";
 import type { Drafter } from "../decode/drafters/drafter.ts";
-import { Sampler } from "../decode/sample.ts";
+import { BLOCK_ROWS } from "../decode/pool.ts";
+import { Sampler, uniforms } from "../decode/sample.ts";
 import type { Tree } from "../decode/tree.ts";
 import type { Path } from "../decode/verify.ts";
 import { always, cudaDrafter } from "../engine/cuda/drafter.ts";
+import { CYCLE_ROWS } from "../engine/cuda/model.ts";
 import type { CudaTarget } from "../engine/cuda/target.ts";
 import type { LocalEngine } from "../engine-local.ts";
-import { ANSWER, forced, GREEDY, PAPER } from "./bench-cuda.ts";
+import { ANSWER, chanceOf, deepest, forced, GREEDY, PAPER } from "./bench-cuda.ts";
 import { percentile } from "./bench-load.ts";
+import { UsageError } from "./options.ts";
 
 export interface CrowdBench {
   /** How many answers at once; a row each. */
@@ -20,6 +23,14 @@ export interface CrowdBench {
   past: number;
   /** Milliseconds from one long prompt to the next, where there are any. */
   longEvery: number | undefined;
+  json: boolean;
+}
+
+interface Decoding {
+  name: string;
+  drafter: Drafter;
+  /** What would be accepted of a tree, for each answer. */
+  accept?: () => (tree: Tree) => Path;
 }
 
 /** Tokens of a long prompt, and of its answer; milliseconds to the first one, when the answers' first cycle is over. */
@@ -59,9 +70,9 @@ async function answer(
 /** So many answers that begin to decode together, each of ANSWER tokens. */
 async function rowOf(
   target: CudaTarget,
-  drafter: Drafter,
+  { name, drafter, accept }: Decoding,
   n: number,
-  { accept, past, longEvery }: CrowdBench,
+  { past, longEvery }: CrowdBench,
   signal: AbortSignal,
 ) {
   const all = Promise.withResolvers<void>();
@@ -75,17 +86,15 @@ async function rowOf(
   };
   const over = new AbortController();
   const long = longEvery && all.promise.then(() => longPrompts(target, drafter, longEvery, over.signal));
-  const accepting = () => (accept === undefined ? undefined : forced(accept, PAPER));
   const answers = await Promise.all(
-    Array.from({ length: n }, () => answer(target, drafter, past, ANSWER, signal, ready, accepting())),
-  );
+    Array.from({ length: n }, () => answer(target, drafter, past, ANSWER, signal, ready, accept?.())),
+  ).finally(() => over.abort());
   const ms = performance.now() - begun;
-  over.abort();
   const prompts = (await long) ?? 0;
   const gaps = answers.flatMap((one) => one.gaps);
   const tokens = answers.reduce((sum, one) => sum + one.tokens, 0);
   return {
-    ...{ sequences: n, tokensPerSecond: (1000 * tokens) / ms, perCycle: tokens / gaps.length, prompts },
+    ...{ decoding: name, sequences: n, tokensPerSecond: (1000 * tokens) / ms, perCycle: tokens / gaps.length, prompts },
     ...{ p50: percentile(gaps, 0.5), p99: percentile(gaps, 0.99) },
   };
 }
@@ -103,26 +112,51 @@ async function longPrompts(target: CudaTarget, drafter: Drafter, every: number, 
   return under.length;
 }
 
-/** Prints a table, plain decoding and the paper's tree by turns. */
+/** The tree of each cycle chosen by cost; each draft on the deepest path is accepted with the chance that gives that mean of the paper's tree. */
+function chosen(engine: LocalEngine, mean: number): Decoding {
+  const chance = chanceOf(mean, PAPER.depth + 1);
+  const accept = () => {
+    const uniform = uniforms(1);
+    return (tree: Tree) => {
+      let taken = 0;
+      while (taken < Math.max(...tree.depths) && uniform() < chance) taken++;
+      return deepest(tree, taken);
+    };
+  };
+  return { name: "by cost", drafter: engine.drafter, accept };
+}
+
+/** Prints a table or JSON: plain decoding, the paper's tree, and trees chosen by cost. */
 export async function benchCrowd(engine: LocalEngine, bench: CrowdBench, signal: AbortSignal): Promise<void> {
   const target = engine.parts.target as CudaTarget;
-  const drafters = { plain: engine.plain, tree: cudaDrafter(target.batch, always(PAPER)) as Drafter };
-  const { accept, past, longEvery } = bench;
+  const { accept, past, longEvery, json } = bench;
+  const most = Math.max(...bench.crowd);
+  const rows = most * (past + ANSWER + CYCLE_ROWS + BLOCK_ROWS);
+  if (rows > target.pool!.blocks * BLOCK_ROWS || past + ANSWER > target.model.config.contextLength)
+    throw new UsageError(`${most} answers after prompts of ${past} need ${rows} rows of KV cache and a context of ${past + ANSWER}; there are ${target.pool!.blocks * BLOCK_ROWS} and ${target.model.config.contextLength}`); // biome-ignore format: one line
+  const tree = cudaDrafter(target.batch, always(PAPER)) as Drafter;
+  const decodings: Decoding[] = [{ name: "plain", drafter: engine.plain }];
+  const forcing = accept === undefined ? undefined : () => forced(accept, PAPER);
+  decodings.push({ name: "30/3/8", drafter: tree, accept: forcing });
+  if (accept !== undefined) decodings.push(chosen(engine, accept));
   const long = longEvery ? `, and prompts of ${LONG.prompt} every ${longEvery} ms` : "";
-  console.log(`${target.model.cuda.name}, ${target.model.dtype}: answers of ${ANSWER} tokens after prompts of ${past}${long}; 30/3/8, ${accept} drafts a cycle forced\n`); // biome-ignore format: one line
+  if (!json)
+    console.log(`${target.model.cuda.name}, ${target.model.dtype}: answers of ${ANSWER} tokens after prompts of ${past}${long}; ${accept} drafts a cycle of 30/3/8 forced\n`); // biome-ignore format: one line
   const names = ["decoding", "at once", "tokens/s", "× one", "tokens a cycle", "between arrivals ms p50 / p99", "p99 ÷ p50", "long prompts"]; // biome-ignore format: one line
-  console.log(`| ${names.join(" | ")} |\n${"|---".repeat(names.length)}|`);
-  for (const [name, drafter] of Object.entries(drafters)) {
+  if (!json) console.log(`| ${names.join(" | ")} |\n${"|---".repeat(names.length)}|`);
+  const all: Awaited<ReturnType<typeof rowOf>>[] = [];
+  for (const decoding of decodings) {
     let one = 0;
+    await rowOf(target, decoding, most, bench, signal); // compiles the code
     for (const n of bench.crowd) {
-      const own = drafter === engine.plain ? { ...bench, accept: undefined } : bench;
-      await rowOf(target, drafter, n, own, signal); // graphs are made in the first run
-      const row = await rowOf(target, drafter, n, own, signal);
+      const row = await rowOf(target, decoding, n, bench, signal);
+      all.push(row);
       one ||= row.tokensPerSecond;
       const { p50, p99 } = row;
-      const cells = [name, n, row.tokensPerSecond.toFixed(0), (row.tokensPerSecond / one).toFixed(2)];
+      const cells = [decoding.name, n, row.tokensPerSecond.toFixed(0), (row.tokensPerSecond / one).toFixed(2)];
       cells.push(row.perCycle.toFixed(2), `${p50.toFixed(2)} / ${p99.toFixed(2)}`, (p99 / p50).toFixed(2), row.prompts);
-      console.log(`| ${cells.join(" | ")} |`);
+      if (!json) console.log(`| ${cells.join(" | ")} |`);
     }
   }
+  if (json) console.log(JSON.stringify({ device: target.model.cuda.name, dtype: target.model.dtype, ...bench, rows: all })); // biome-ignore format: one line
 }

@@ -85,7 +85,7 @@ function passesOf(target: CudaTarget, past: number) {
 }
 
 /** The chance of each draft after an accepted one that gives a mean of `mean` with drafts of `levels`. */
-function chanceOf(mean: number, levels: number): number {
+export function chanceOf(mean: number, levels: number): number {
   const expected = (q: number) => Array.from({ length: levels }, (_, i) => q ** (i + 1)).reduce((a, b) => a + b, 0);
   let [low, high] = [0, 1];
   for (let i = 0; i < 50; i++) {
@@ -106,14 +106,19 @@ export function forced(mean: number, shape: TreeShape): (tree: Tree) => Path {
   let owed = 0;
   return (tree) => {
     for (let i = 0; i < levels && uniform() < chance; i++) owed++;
-    const depth = Math.max(...tree.depths);
-    const nodes: number[] = [];
-    for (let node = tree.depths.indexOf(depth); node >= 0; node = tree.parents[node]) nodes.unshift(node);
-    const taken = Math.min(owed, depth);
+    const taken = Math.min(owed, Math.max(...tree.depths));
     owed -= taken;
-    const kept = nodes.slice(0, taken + 1);
-    return { nodes: kept, tokens: [...kept.slice(1).map((node) => tree.tokens[node]), tree.tokens[0]] };
+    return deepest(tree, taken);
   };
+}
+
+/** So many drafts of the path to the deepest node. */
+export function deepest(tree: Tree, taken: number): Path {
+  const nodes: number[] = [];
+  for (let node = tree.depths.indexOf(Math.max(...tree.depths)); node >= 0; node = tree.parents[node])
+    nodes.unshift(node);
+  const kept = nodes.slice(0, taken + 1);
+  return { nodes: kept, tokens: [...kept.slice(1).map((node) => tree.tokens[node]), tree.tokens[0]] };
 }
 
 interface Speed {

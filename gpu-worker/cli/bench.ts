@@ -24,7 +24,7 @@ export const BENCH_HELP = `vispec bench [--rounds N] [--model DIR] [--draft DIR]
   --like inflates the model to that shape first, once, into a cache folder (see vispec inflate): small is for a CPU
 vispec bench --device cuda [--model DIR] [--draft DIR] [--dtype bf16|f16|f32] [--draft-vocab N] [--past N] [--accept MEAN,…] [--json]
   passes, prompts and answers beside what the memory allows; --accept forces means of accepted drafts, to study costs
-vispec bench --device cuda --crowd N,… [--accept MEAN] [--past N] [--long-prompts MS] [--model DIR] …
+vispec bench --device cuda --crowd N,… [--accept MEAN] [--past N] [--long-prompts MS] [--model DIR] … [--json]
   so many answers at once at forced acceptance; with --long-prompts, while prompts of 4,000 tokens come every MS
 vispec bench --concurrency N,… [--arrival closed|poisson:RATE] [--requests N] [--plot FILE.svg] [--model DIR] … [--json]
   that many requests at once, or RATE a second; times from arrival, tokens/s, goodput; --plot draws tokens/s and tree size
@@ -235,7 +235,7 @@ async function onCrowd(flags: Flags, options: EngineOptions, signal: AbortSignal
   const engine = new LocalEngine({ ...options, concurrency: Math.min(MOST_SEQUENCES, Math.max(...crowd) + 1) });
   try {
     await engine.warmUp();
-    await benchCrowd(engine, { crowd, accept, past, longEvery }, signal);
+    await benchCrowd(engine, { crowd, accept, past, longEvery, json: flags.json === true }, signal);
   } finally {
     await engine.close();
   }

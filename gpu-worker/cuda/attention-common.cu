@@ -28,14 +28,17 @@ constexpr int BLOCK_ROWS = 64;
 /** The score of a column that is not seen: below any, and finite, so that no difference is NaN. */
 constexpr float NOTHING = -1e38f;
 
-/** What every kernel gets; what is a sequence's begins with that of the first. `width`: blocks in a slot's table. */
+/**
+ * What every kernel gets; what is a sequence's begins with that of the first. `width`: blocks in a slot's table; `tokens`:
+ * the most of a sequence.
+ */
 #define INPUTS                                                                                                       \
   const value *qkv, const value *bias, value *keys, value *values, const float *cos, const float *sin,               \
       const int *positions, const int *mask, const int *control, const int *tables, value *out, uint4 *partials,     \
-      float2 *sums, int tokens, int heads, int kvHeads, int width, int blockStride, int angleStride
+      float2 *sums, int divided, int tokens, int heads, int kvHeads, int width, int blockStride, int angleStride
 #define GIVEN                                                                                                        \
-  qkv, bias, keys, values, cos, sin, positions, mask, control, tables, out, partials, sums, tokens, heads, kvHeads,  \
-      width, blockStride, angleStride
+  qkv, bias, keys, values, cos, sin, positions, mask, control, tables, out, partials, sums, divided, tokens, heads,  \
+      kvHeads, width, blockStride, angleStride
 
 /**
  * A sequence's part. qkv, out: [tokens,(heads + 2 kvHeads) HEAD], [tokens,heads HEAD]; keys, values: those of block 0,
@@ -44,28 +47,31 @@ constexpr float NOTHING = -1e38f;
 struct Pass {
   /** past, first, causal, slot. */
   int4 control;
+  /** Its tokens: the first of them in the pass, how many; where they are divided, the other half of `control`. */
+  int2 span;
   const value *qkv, *bias;
   value *keys, *values;
   const float *cos, *sin;
   const int *positions, *mask, *table;
   value *out;
   /**
-   * What splits leave for `combine` (attention-join.cu), of all sequences: [sequences,kvHeads,rows,splits,CHUNKS],
-   * [sequences,kvHeads,rows,splits].
+   * What splits leave for `combine` (attention-join.cu), of all sequences: [sequences,kvHeads,mostRows,splits,
+   * CHUNKS], [sequences,kvHeads,mostRows,splits].
    */
   uint4 *partials;
   float2 *sums;
   /** capacity: columns that the table has room for. */
-  int sequence, tokens, heads, kvHeads, blockStride, capacity;
+  int sequence, tokens, mostRows, heads, kvHeads, blockStride, capacity;
 
   __device__ Pass(int sequence, INPUTS)
-      : control(((const int4*)control)[sequence]),
-        qkv(qkv + (size_t)sequence * tokens * (heads + 2 * kvHeads) * HEAD), bias(bias), keys(keys), values(values),
+      : control(((const int4*)control)[divided ? 2 * sequence : sequence]),
+        span(divided ? ((const int2*)control)[4 * sequence + 2] : make_int2(sequence * tokens, tokens)),
+        qkv(qkv + (size_t)span.x * (heads + 2 * kvHeads) * HEAD), bias(bias), keys(keys), values(values),
         cos(cos + (size_t)this->control.w * angleStride), sin(sin + (size_t)this->control.w * angleStride),
-        positions(positions + sequence * tokens), mask(mask + sequence * tokens * 4),
-        table(tables + this->control.w * width), out(out + (size_t)sequence * tokens * heads * HEAD),
-        partials(partials), sums(sums), sequence(sequence), tokens(tokens), heads(heads), kvHeads(kvHeads),
-        blockStride(blockStride), capacity(width * BLOCK_ROWS) {}
+        positions(positions + span.x), mask(mask + span.x * 4), table(tables + this->control.w * width),
+        out(out + (size_t)span.x * heads * HEAD), partials(partials), sums(sums), sequence(sequence), tokens(span.y),
+        mostRows(tokens * (heads / kvHeads)), heads(heads), kvHeads(kvHeads), blockStride(blockStride),
+        capacity(width * BLOCK_ROWS) {}
 
   /** The block of a column below the capacity. */
   __device__ int blockOf(int column) const { return table[column / BLOCK_ROWS]; }
@@ -165,7 +171,7 @@ extern "C" __global__ void store(INPUTS) {
   const Pass p(blockIdx.y, GIVEN);
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int d = i % ITEMS * 8, kv = i / ITEMS % kvHeads, token = i / ITEMS / kvHeads;
-  if (token >= tokens) return;
+  if (token >= p.tokens) return;
   const int column = p.control.x + p.control.y + token;
   if (column >= p.capacity) return;
   const long long at = p.rowAt(p.blockOf(column), kv, column) + d;

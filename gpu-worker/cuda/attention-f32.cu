@@ -5,9 +5,10 @@ extern "C" __global__ void __launch_bounds__(128) attend(INPUTS) {
   awaitInputs();
   const Pass p(blockIdx.z, GIVEN);
   __shared__ float query[HEAD], part[16][HEAD], tops[16], totals[16];
+  if (blockIdx.y >= p.tokens) return;
   const int head = blockIdx.x, token = blockIdx.y, kv = head / (heads / kvHeads);
   const int past = p.control.x, causal = p.control.z, group = threadIdx.x / 8, lane = threadIdx.x % 8;
-  const int stop = min(p.capacity, past + (causal ? token + 1 : min(128, p.control.y + tokens)));
+  const int stop = min(p.capacity, past + (causal ? token + 1 : min(128, p.control.y + p.tokens)));
   const Bits bits = causal ? Bits{0, 0} : bitsOf(p, token);
   if (threadIdx.x < ITEMS) {
     Eight low, high;

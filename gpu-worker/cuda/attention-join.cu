@@ -93,10 +93,10 @@ __device__ void join(const uint4* parts, const float2* sums, int splits, int chu
 extern "C" __global__ void __launch_bounds__(128) combine(INPUTS, int splits) {
   awaitInputs();
   const Pass p(blockIdx.y, GIVEN);
-  const int i = blockIdx.x * 128 + threadIdx.x, at = i / CHUNKS, rows = tokens * (heads / kvHeads);
-  if (at >= rows * kvHeads) return;
-  const size_t first = ((size_t)p.sequence * rows * kvHeads + at) * splits;
-  join(partials + first * CHUNKS, sums + first, splits, i % CHUNKS, outputRow(p, at / rows, at % rows));
+  const int i = blockIdx.x * 128 + threadIdx.x, at = i / CHUNKS, kv = at / p.mostRows, row = at % p.mostRows;
+  if (kv >= kvHeads || row >= p.tokens * (heads / kvHeads)) return;
+  const size_t first = ((size_t)p.sequence * p.mostRows * kvHeads + at) * splits;
+  join(partials + first * CHUNKS, sums + first, splits, i % CHUNKS, outputRow(p, kv, row));
 }
 
 /** Scales a thread's sums to averages over the columns of all warps of the block; returns {largest score, sum}. */
@@ -164,7 +164,7 @@ __device__ void finish(const Pass& p, const Share& s, Rows& r, value* memory, ui
     const int local = warp % RW * 16 + lane / 4 + 8 * i, row = s.row0 + local, owner = local / OWN;
     if (row >= s.rows) continue;
     const size_t at = SPLITS > 1 ? local % OWN * SPLITS + s.split
-                                 : ((size_t)(p.sequence * p.kvHeads + s.kv) * s.rows + row) * s.splits + s.split;
+                                 : ((size_t)(p.sequence * p.kvHeads + s.kv) * p.mostRows + row) * s.splits + s.split;
 #pragma unroll
     for (int g = 0; g < GROUPS; g++) {
       if (g % CW != warp / RW) continue;

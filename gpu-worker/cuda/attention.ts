@@ -63,7 +63,8 @@ export interface AttentionPass {
   mask: bigint;
   /**
    * i32 [sequences, 4]: past, first, causal, slot. More than 128 tokens must be causal, and causal needs first = 0. No
-   * two sequences have the same slot.
+   * two sequences have the same slot. Where tokens are divided unequally i32 [sequences, 8]: behind that the first of a
+   * sequence's tokens in the pass, how many, 0, 0.
    */
   control: bigint;
   /** [sequences, tokens, heads headSize]. */
@@ -179,14 +180,17 @@ export class Attention {
     this.#scratch = cuda.alloc(this.#partialBytes + parts * 8);
   }
 
-  /** Queues the attention of one layer for `tokens` tokens of each sequence, their keys and values into the cache. */
-  launch(pass: AttentionPass, tokens: number, sequences: number): void {
+  /**
+   * Queues the attention of one layer for `tokens` tokens of each sequence, or up to so many where they are divided, their
+   * keys and values into the cache.
+   */
+  launch(pass: AttentionPass, tokens: number, sequences: number, divided = false): void {
     const { dtype, heads, kvHeads, headSize } = this.#shape;
     const { tables, width, blockStride, angleStride } = this.#paging;
     const inputs = [
       ...[pass.qkv, pass.bias, pass.key, pass.value, pass.cos, pass.sin, pass.positions, pass.mask, pass.control],
       ...[tables, pass.out, this.#scratch, this.#scratch + BigInt(this.#partialBytes)],
-      ...[tokens, heads, kvHeads, width, blockStride, angleStride],
+      ...[divided ? 1 : 0, tokens, heads, kvHeads, width, blockStride, angleStride],
     ];
     const kernel = (name: string) => this.#kernels.get(name)!;
     const store = () =>

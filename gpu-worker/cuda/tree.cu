@@ -277,25 +277,19 @@ grow(const Cycle *cycles, const long long *last, const unsigned *keys, const int
 }
 
 /**
- * Keeps the nodes-1 best of the `count` nodes that each sequence saw, in order of creation, the root first: the
- * target's pass (ids [sequences*nodes] i64, positions, masks over the sequence's nodes, control [sequences]) and the
- * trees for the host (tokens, parents, depths, scores [sequences*nodes]). Fewer are padded with children of the root
- * whose token is -1 (id 0). A block a sequence, of 1,024 threads.
+ * The `most` best of the `count` nodes that each sequence saw, falling, the earlier first on ties, so that parents come
+ * before children: keys and nodes [sequences,most]. A block a sequence, of 1,024 threads.
  */
 extern "C" __global__ void __launch_bounds__(1024)
-finish(const Cycle *cycles, const Seen *allSeen, long long *ids, int *positions, int4 *masks, int4 *control,
-       int *tokens, int *parents, int *depths, float *scores, int nodes, int count) {
+rank(const Seen *allSeen, u64 *keys, int *nodes, int count, int most) {
   awaitInputs();
   __shared__ u64 order[MAX_SEEN];
-  __shared__ int above[MAX_SEEN], ranks[MAX_SEEN], places[MAX_SEEN];
-  __shared__ int kept[MAX_NODES];
-  const int thread = threadIdx.x, keep = min(nodes - 1, count);
-  const Cycle *cycle = cycles + blockIdx.x;
+  __shared__ int ranks[MAX_SEEN];
+  const int thread = threadIdx.x;
   const Seen *seen = allSeen + blockIdx.x;
   for (int i = thread; i < count; i += blockDim.x) {
     order[i] = keyOf(seen->scores[i]);
-    above[i] = seen->parents[i];
-    ranks[i] = places[i] = 0;
+    ranks[i] = 0;
   }
   __syncthreads();
   // Each node is compared with all, a quarter of them at a time, so that a small tree fills the block too.
@@ -308,8 +302,73 @@ finish(const Cycle *cycles, const Seen *allSeen, long long *ids, int *positions,
     atomicAdd(&ranks[node], rank);
   }
   __syncthreads();
-  for (int i = thread; i < count; i += blockDim.x)
-    if (ranks[i] < keep) kept[ranks[i]] = i;
+  for (int i = thread; i < count; i += blockDim.x) {
+    if (ranks[i] >= most) continue;
+    keys[blockIdx.x * most + ranks[i]] = order[i];
+    nodes[blockIdx.x * most + ranks[i]] = i;
+  }
+}
+
+/** How many of a falling list's keys come before a key: those that are larger, and equal ones if `ties`. */
+__device__ int before(const u64 *list, int n, u64 key, bool ties) {
+  int low = 0, high = n;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (list[middle] > key || (ties && list[middle] == key)) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+/**
+ * Divides `budget` nodes among the sequences: the best of all of theirs, of each one's falling list of `most` keys, which
+ * are copied to `lists`. counts [sequences]: how many each gets. For a whole block.
+ */
+__device__ void divide(const u64 *keys, u64 *lists, int *counts, int sequences, int most, int budget) {
+  for (int i = threadIdx.x; i < sequences * most; i += blockDim.x) lists[i] = keys[i];
+  for (int i = threadIdx.x; i < sequences; i += blockDim.x) counts[i] = 0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < sequences * most; i += blockDim.x) {
+    const int own = i / most;
+    int rank = i % most;
+    for (int other = 0; other < sequences; other++)
+      if (other != own) rank += before(lists + other * most, most, lists[i], other < own);
+    if (rank < budget) atomicAdd(&counts[own], 1);
+  }
+  __syncthreads();
+}
+
+/**
+ * Keeps the best of the nodes that each sequence saw, of its list of `most` by `rank`, in order of creation, the root
+ * first: the target's pass (ids [sequences*nodes] i64, positions, masks over the sequence's nodes, control [sequences])
+ * and the trees for the host (tokens, parents, depths, scores [sequences*nodes]; spans [sequences]: where a sequence's
+ * are, and how many). Where they are divided, sequences share their nodes by how likely each is, and control
+ * [sequences,2] has the spans too; else all have as many, and fewer are padded with children of the root whose token is
+ * -1 (id 0). A block a sequence, of 1,024 threads; dynamic shared memory: the lists and [sequences] ints.
+ */
+extern "C" __global__ void __launch_bounds__(1024)
+finish(const Cycle *cycles, const Seen *allSeen, const u64 *keys, const int *ranked, long long *ids, int *positions,
+       int4 *masks, int4 *control, int *tokens, int *parents, int *depths, float *scores, int2 *spans, int nodes,
+       int count, int most, int divided) {
+  awaitInputs();
+  extern __shared__ u64 lists[];
+  __shared__ int above[MAX_SEEN], places[MAX_SEEN];
+  __shared__ int kept[MAX_NODES];
+  const int thread = threadIdx.x, sequences = gridDim.x;
+  int *counts = (int *)(lists + sequences * most);
+  const Cycle *cycle = cycles + blockIdx.x;
+  const Seen *seen = allSeen + blockIdx.x;
+  int keep = min(nodes - 1, most), first = blockIdx.x * nodes;
+  if (divided) {
+    divide(keys, lists, counts, sequences, most, sequences * (nodes - 1));
+    keep = counts[blockIdx.x], first = 0;
+    for (int i = 0; i < (int)blockIdx.x; i++) first += 1 + counts[i];
+  }
+  for (int i = thread; i < count; i += blockDim.x) {
+    above[i] = seen->parents[i];
+    places[i] = 0;
+  }
+  if (thread < keep) kept[thread] = ranked[blockIdx.x * most + thread];
   __syncthreads();
   if (thread < keep) {
     int place = 1;
@@ -317,7 +376,8 @@ finish(const Cycle *cycles, const Seen *allSeen, long long *ids, int *positions,
     places[kept[thread]] = place;
   }
   __syncthreads();
-  if (thread >= nodes) return;
+  const int rows = divided ? 1 + keep : nodes;
+  if (thread >= rows) return;
 
   // The first threads write the kept nodes, the next the root, the others the padding.
   const int node = thread < keep ? kept[thread] : -1;
@@ -328,7 +388,7 @@ finish(const Cycle *cycles, const Seen *allSeen, long long *ids, int *positions,
   setBit(mask, place);
   for (int i = parent; i >= 0; i = above[i], depth++) setBit(mask, places[i]);
   const int token = node >= 0 ? seen->tokens[node] : place == 0 ? cycle->root : -1;
-  const int out = blockIdx.x * nodes + place;
+  const int out = first + place;
   ids[out] = token < 0 ? 0 : token;
   positions[out] = cycle->targetAfter + depth;
   masks[out] = mask;
@@ -336,7 +396,10 @@ finish(const Cycle *cycles, const Seen *allSeen, long long *ids, int *positions,
   parents[out] = place == 0 ? -1 : parent < 0 ? 0 : places[parent];
   depths[out] = depth;
   scores[out] = node >= 0 ? (float)seen->scores[node] : place == 0 ? 0.0f : __uint_as_float(0xff800000u);
-  if (thread == 0) control[blockIdx.x] = make_int4(cycle->targetAfter, 0, 0, cycle->slot);
+  if (thread > 0) return;
+  spans[blockIdx.x] = make_int2(first, rows);
+  control[divided ? 2 * blockIdx.x : blockIdx.x] = make_int4(cycle->targetAfter, 0, 0, cycle->slot);
+  if (divided) control[2 * blockIdx.x + 1] = make_int4(first, rows, 0, 0);
 }
 
 /**

@@ -23,6 +23,8 @@ const CYCLE_WORDS = 8;
 
 /** Most fresh rows: as many as a cycle keeps. */
 const MAX_FRESH = MAX_KEPT;
+/** Sequences whose lists of nodes have room in shared memory. */
+const MOST_DIVIDING = 32;
 /** Rows of logits up to which slices are small. */
 const FEW_ROWS = 16;
 
@@ -46,11 +48,26 @@ export interface PassInputs {
   positions: bigint;
   masks: bigint;
   control: bigint;
+  /** Sequences have unequal numbers of rows: control [sequences,8] says how many (attention.ts). */
+  divided?: boolean;
 }
 
 /** Addresses of a draft pass; hiddenRows [n] i64. */
 export interface DraftInputs extends PassInputs {
   hiddenRows: bigint;
+}
+
+/** The most nodes of a sequence where several divide the nodes of a pass, `each` on average. */
+export const mostNodes = (each: number) => Math.min(MAX_NODES, 2 * each);
+
+/** Whether sequences divide nodes: not where there is nothing to choose from. */
+const divides = (shape: TreeShape, sequences: number) =>
+  sequences > 1 && sequences <= MOST_DIVIDING && shape.totalToken > 1 && seenOf(shape) >= shape.totalToken;
+
+/** How many of a sequence's nodes its tree may be of, the root aside. */
+function listOf(shape: TreeShape, sequences: number): number {
+  const most = divides(shape, sequences) ? mostNodes(shape.totalToken) : shape.totalToken;
+  return Math.min(most - 1, seenOf(shape));
 }
 
 /** Nodes that a cycle sees: top_k under the root, then top_k under each of top_k beams a level. */
@@ -80,7 +97,8 @@ function layout<Name extends string>(start: number, sizes: Record<Name, number>)
 }
 
 /** Where everything of a shape lies: what the host writes, what it reads, what only the device sees. */
-function memoryOf({ totalToken, topK }: TreeShape, freshRows: number, sequences: number) {
+function memoryOf(shape: TreeShape, freshRows: number, sequences: number) {
+  const { totalToken, topK } = shape;
   const [n, k, rows] = [totalToken * sequences, topK * sequences, freshRows * sequences];
   const ints = (count: number) => count * 4;
   const longs = (count: number) => count * 8;
@@ -100,12 +118,17 @@ function memoryOf({ totalToken, topK }: TreeShape, freshRows: number, sequences:
     depths: ints(n),
     scores: n * 4,
     best: ints(n),
+    spans: ints(2 * sequences),
   });
   const level = layout(results.end, { ...pass(k), hiddenRows: longs(k), control });
-  const verify = layout(level.end, { ...pass(n), control });
+  const verify = layout(level.end, { ...pass(n), control: (divides(shape, sequences) ? 2 : 1) * control });
   const lists = Math.max(k * topK, n) * MAX_SLICES;
   const sums = Math.max(k, n) * MAX_SLICES * 4;
-  const work = layout(verify.end, { seen: SEEN_BYTES * sequences, keys: ints(lists), indices: ints(lists), sums });
+  const listed = sequences * listOf(shape, sequences);
+  const work = layout(verify.end, {
+    ...{ seen: SEEN_BYTES * sequences, keys: ints(lists), indices: ints(lists), sums },
+    ...{ ranked: longs(listed), rankedNodes: ints(listed) },
+  });
   return { input, results, level, verify, work };
 }
 
@@ -129,11 +152,11 @@ export class CycleBlock implements Disposable {
   readonly fresh: DraftInputs & { last: bigint };
   /** A pass over topK rows of each sequence. */
   readonly level: DraftInputs;
-  /** The target's pass over totalToken rows of each sequence. */
+  /** The target's pass over totalToken rows of each sequence, or as many on average. */
   readonly verify: PassInputs;
   /** For the kernels only: what the host says of each cycle, the nodes seen, lists of candidates. */
-  readonly work: Record<"cycles" | "seen" | "keys" | "indices" | "sums", bigint>;
-  readonly results: Record<"tokens" | "parents" | "depths" | "scores" | "best", bigint>;
+  readonly work: Record<"cycles" | "seen" | "keys" | "indices" | "sums" | "ranked" | "rankedNodes", bigint>;
+  readonly results: Record<"tokens" | "parents" | "depths" | "scores" | "best" | "spans", bigint>;
   readonly #cuda: Cuda;
   readonly #memory: ReturnType<typeof memoryOf>;
   readonly #base: bigint;
@@ -155,7 +178,7 @@ export class CycleBlock implements Disposable {
     this.slots = slots;
     this.fresh = fresh;
     this.level = addresses(this.#base, level.at);
-    this.verify = addresses(this.#base, verify.at);
+    this.verify = { ...addresses(this.#base, verify.at), divided: divides(shape, sequences) };
     this.work = { cycles, ...addresses(this.#base, work.at) };
     this.results = addresses(this.#base, results.at);
     this.#input = cuda.pinned(input.end);
@@ -209,15 +232,26 @@ export class CycleBlock implements Disposable {
 
   /** Sequence i's tree of the last cycle that was downloaded, without padding. */
   tree(i: number): Tree {
-    const n = Math.min(this.shape.totalToken, 1 + seenOf(this.shape));
+    const n = Math.min(this.#span(i).rows, 1 + seenOf(this.shape));
     const ints = (name: "tokens" | "parents" | "depths") => [...this.#result(Int32Array, name, i).subarray(0, n)];
     const scores = [...this.#result(Float32Array, "scores", i).subarray(0, n)];
     return { tokens: ints("tokens"), parents: ints("parents"), depths: ints("depths"), scores };
   }
 
-  /** [totalToken]: the target's likeliest token after each of sequence i's nodes; valid until the next download. */
+  /** The target's likeliest token after each of sequence i's nodes; valid until the next download. */
   best(i: number): Int32Array {
     return this.#result(Int32Array, "best", i);
+  }
+
+  /** The first of sequence i's rows in the target's pass. */
+  firstRow(i: number): number {
+    return this.#span(i).first;
+  }
+
+  #span(i: number): { first: number; rows: number } {
+    const { input, results } = this.#memory;
+    const [first, rows] = new Int32Array(this.#output.buffer, results.at.spans - input.end + i * 8, 2);
+    return { first, rows };
   }
 
   #result<View>(
@@ -226,8 +260,8 @@ export class CycleBlock implements Disposable {
     i: number,
   ): View {
     const { input, results } = this.#memory;
-    const n = this.shape.totalToken;
-    return new view(this.#output.buffer, results.at[name] - input.end + i * n * 4, n);
+    const { first, rows } = this.#span(i);
+    return new view(this.#output.buffer, results.at[name] - input.end + first * 4, rows);
   }
 
   [Symbol.dispose](): void {
@@ -254,7 +288,7 @@ function slicesOf(rows: number, vocabulary: number, per: number): { slices: numb
 
 /** Kernels for logits of one type; every method enqueues only, so it can be captured, but for those of moves. */
 export class TreeKernels {
-  readonly #kernels: Record<"candidates" | "grow" | "finish" | "argmax" | "moveRows" | "keepRows", Kernel>;
+  readonly #kernels: Record<"candidates" | "grow" | "rank" | "finish" | "argmax" | "moveRows" | "keepRows", Kernel>;
   /** Elements of 16 bytes. */
   readonly #per: number;
 
@@ -264,6 +298,7 @@ export class TreeKernels {
     this.#kernels = {
       candidates: module.kernel("candidates"),
       grow: module.kernel("grow"),
+      rank: module.kernel("rank"),
       finish: module.kernel("finish"),
       argmax: module.kernel("argmax"),
       moveRows: module.kernel("moveRows"),
@@ -308,11 +343,16 @@ export class TreeKernels {
   /** Picks each tree of the nodes that were seen, and writes the target's pass and the results. */
   finish(block: CycleBlock): void {
     const { ids, positions, masks, control } = block.verify;
-    const { tokens, parents, depths, scores } = block.results;
-    const { cycles, seen } = block.work;
-    const pointers = [cycles, seen, ids, positions, masks, control, tokens, parents, depths, scores];
-    const counts = [block.shape.totalToken, seenOf(block.shape)];
-    this.#kernels.finish.launch([block.sequences, 1, 1], 1024, 0, ...pointers, ...counts);
+    const { tokens, parents, depths, scores, spans } = block.results;
+    const { cycles, seen, ranked, rankedNodes } = block.work;
+    const { shape, sequences } = block;
+    const [count, most] = [seenOf(shape), listOf(shape, sequences)];
+    const grid = [sequences, 1, 1] as const;
+    if (most > 0) this.#kernels.rank.launch(grid, 1024, 0, seen, ranked, rankedNodes, count, most);
+    const lists = [cycles, seen, ranked, rankedNodes];
+    const pointers = [...lists, ids, positions, masks, control, tokens, parents, depths, scores, spans];
+    const numbers = [shape.totalToken, count, most, block.verify.divided ? 1 : 0];
+    this.#kernels.finish.launch(grid, 1024, sequences * (8 * most + 4), ...pointers, ...numbers);
   }
 
   /** The likeliest token of each row of the target's logits [rows,vocabulary], the lower one on ties. */

@@ -195,7 +195,7 @@ export function cacheInputs(g: Graph, headSize: number, operator: string): Cache
     const angles = (name: string) => g.input(name, "f32", ["R", headSize / 2]);
     return {
       ...{ cos: angles("cos"), sin: angles("sin"), positions: ints("positions", ["T"]) },
-      ...{ mask: ints("mask", ["T", 4]), control: ints("control", ["S", 4]), operator },
+      ...{ mask: ints("mask", ["T", 4]), control: ints("control", ["S", "W"]), operator },
     };
   }
   return sequenceInputs(g, headSize);

@@ -128,6 +128,10 @@ export class Cycle implements Disposable {
   best(i: number): Int32Array {
     return this.#block.best(i);
   }
+  /** The first of its rows of logits and hidden states. */
+  firstRow(i: number): number {
+    return this.#block.firstRow(i);
+  }
 
   [Symbol.dispose](): void {
     this.#graph?.[Symbol.dispose]();

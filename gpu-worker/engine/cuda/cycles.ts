@@ -35,7 +35,7 @@ export class Cycles implements Runner<CudaSequence>, Disposable {
     const starts = sequences.map((sequence) => sequence.next(shape !== PLAIN));
     const wait = cuda.timed(() => cycle.start(starts));
     const tree = (i: number) => {
-      sequences[i].verified({ row: i * cycle.shape.totalToken, best: cycle.best(i) });
+      sequences[i].verified({ row: cycle.firstRow(i), best: cycle.best(i) });
       return cycle.tree(i);
     };
     return { wait, tree };

@@ -141,7 +141,8 @@ export class PagedCache implements Disposable {
   }
 
   /** Binds the cache and the inputs of a pass of `tokens` tokens, those of all its sequences. */
-  bind(binding: Binding, { ids, positions, masks, control }: PassInputs, tokens: number, sequences = 1): Binding {
+  bind(binding: Binding, inputs: PassInputs, tokens: number, sequences = 1): Binding {
+    const { ids, positions, masks, control, divided } = inputs;
     const { kvHeads, headSize, layers } = this.shape;
     const at = (pointer: bigint, dtype: DType, n: number) => this.#runtime.at(pointer, dtype, n);
     const dims = [1, kvHeads, BLOCK_ROWS, headSize];
@@ -150,13 +151,14 @@ export class PagedCache implements Disposable {
         const offset = (2 * layer + i) * kvHeads * BLOCK_ROWS * headSize;
         binding.input(`${name}.${layer}`, this.pool, dims, offset);
       }
+    const words = divided ? 8 : 4;
     const angles = [(2 * this.cos.elements) / headSize, headSize / 2];
     binding.input("cos", this.cos, angles).input("sin", this.sin, angles);
     binding.input("ids", at(ids, "i64", tokens), [tokens]);
     binding.input("positions", at(positions, "i32", tokens), [tokens]);
     return binding
       .input("mask", at(masks, "i32", 4 * tokens), [tokens, 4])
-      .input("control", at(control, "i32", 4 * sequences), [sequences, 4]);
+      .input("control", at(control, "i32", words * sequences), [sequences, words]);
   }
 
   [Symbol.dispose](): void {
