@@ -159,21 +159,21 @@ async function speedOf(
 }
 
 /**
- * Milliseconds from a picture's bytes to the first token, by part, and to that of a second question about it; medians over
- * pictures never seen before.
+ * Milliseconds from a picture's bytes to the first token, by part, and to those of a second question about it and of a
+ * third that is answered with drafts; medians over pictures never seen before.
  */
 async function firstTokenOf(engine: LocalEngine, target: CudaTarget, signal: AbortSignal) {
   const { model } = target;
-  const names = ["decode", "vision", "prefill", "total", "again"] as const;
+  const names = ["decode", "vision", "prefill", "total", "again", "drafting"] as const;
   const parts: Record<(typeof names)[number], number>[] = [];
-  const first = async (image: KeptImage, question: number) => {
+  const first = async (image: KeptImage, question: number, drafter = engine.plain) => {
     const text = (token: number) => new Array<number>(32).fill(token);
     const expanded = model.family.expandPrompt([...text(0), model.config.imageToken, ...text(question)], [image]);
-    const options = { samplers: [new Sampler(GREEDY)], maxTokens: 1, stopTokens: new Set<number>(), signal };
+    const options = { samplers: [new Sampler(GREEDY)], maxTokens: 2, stopTokens: new Set<number>(), signal };
     const prompt = { expanded, imageRows: [image.rows], shared: { tenant: "", images: [image] } };
     let at = 0;
-    for await (const choice of decode(target, engine.plain as never, prompt, options))
-      for await (const _ of choice) at = performance.now();
+    for await (const choice of decode(target, drafter as never, prompt, options))
+      for await (const _ of choice) at ||= performance.now();
     return { at, tokens: expanded.tokens.length };
   };
   let tokens = 0;
@@ -188,7 +188,9 @@ async function firstTokenOf(engine: LocalEngine, target: CudaTarget, signal: Abo
     tokens = length;
     const asked = performance.now();
     const again = (await first(image, 1)).at - asked;
-    parts.push({ decode: decoded - begun, vision: seen - decoded, prefill: end - seen, total: end - begun, again });
+    const third = performance.now();
+    const drafting = (await first(image, 2, engine.drafter)).at - third;
+    parts.push({ decode: decoded - begun, vision: seen - decoded, prefill: end - seen, total: end - begun, again, drafting }); // biome-ignore format: one line
   }
   return { tokens, ...Object.fromEntries(names.map((name) => [name, median(parts.slice(1).map((p) => p[name]))])) };
 }

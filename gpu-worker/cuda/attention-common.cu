@@ -29,8 +29,8 @@ constexpr int BLOCK_ROWS = 64;
 constexpr float NOTHING = -1e38f;
 
 /**
- * What every kernel gets; what is a sequence's begins with that of the first. `width`: blocks in a slot's table; `tokens`:
- * the most of a sequence.
+ * What every kernel gets; what is a sequence's begins with that of the first. `divided`: how many sequences, where they
+ * have unequal numbers of tokens, else 0; `tokens`: the most of a sequence; `width`: blocks in a slot's table.
  */
 #define INPUTS                                                                                                       \
   const value *qkv, const value *bias, value *keys, value *values, const float *cos, const float *sin,               \

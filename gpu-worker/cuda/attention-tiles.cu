@@ -37,7 +37,7 @@ __device__ float power(float x) {
   return y;
 }
 
-/** Where a block of threads works: which sequence, and the first of its rows of one KV head's queries. */
+/** Where a block of threads works: which sequence (-1: nowhere), and the first of its rows of one KV head's queries. */
 struct Place {
   int sequence, row0;
 
@@ -45,6 +45,20 @@ struct Place {
     const u32 tiles = (tokens * group + height - 1) / height;
     sequence = blockIdx.z / tiles;
     row0 = (tiles - 1 - blockIdx.z % tiles) * height; // a causal prompt's long rows come first
+  }
+
+  /** Of sequences of unequal numbers of tokens, 32 at most: their tiles follow each other. */
+  __device__ Place(const int* control, int sequences, int group, int height) {
+    const int lane = threadIdx.x % 32;
+    const int tiles = lane < sequences ? (((const int2*)control)[4 * lane + 2].y * group + height - 1) / height : 0;
+    int end = tiles;
+#pragma unroll
+    for (int far = 1; far < 32; far *= 2) {
+      const int before = __shfl_up_sync(~0u, end, far);
+      if (lane >= far) end += before;
+    }
+    sequence = __ffs(__ballot_sync(~0u, end > (int)blockIdx.z)) - 1;
+    row0 = ((int)blockIdx.z - __shfl_sync(~0u, end - tiles, max(sequence, 0))) * height;
   }
 };
 

@@ -82,9 +82,10 @@ template <int WIDTH> __device__ void gather(Rows& r, const float (&c)[WIDTH / 8]
 template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void attend(INPUTS) {
   constexpr int HEIGHT = 16 * RW, WIDTH = TILE / CW, THREADS = 32 * RW * CW;
   extern __shared__ __align__(16) value memory[];
-  const Place place(tokens, heads / kvHeads, HEIGHT);
+  const int group = heads / kvHeads;
+  const Place place = divided ? Place(control, divided, group, HEIGHT) : Place(tokens, group, HEIGHT);
+  if (place.sequence < 0) return; // as all blocks of its cluster do
   const Pass p(place.sequence, GIVEN);
-  if (place.row0 >= p.tokens * (heads / kvHeads)) return; // as all blocks of its cluster do
   if (SPLITS > 1) arrive();
   const Queries<HEIGHT, THREADS> rawQueries(p, place.row0);
   const Share s(p, place.row0, HEIGHT, STORED);

@@ -9,6 +9,9 @@ const MAX_SPLITS = 32;
 const MAX_TREE = 128;
 const MAX_HEAD = 128;
 
+/** The most nodes of a sequence where several divide the nodes of a pass, `each` on average. */
+export const mostNodes = (each: number) => Math.min(MAX_TREE, 2 * each);
+
 /** Blocks by their warps over rows: warps over columns, tiles in shared memory, blocks that a multiprocessor holds. */
 const BLOCKS = {
   1: { across: 4, stages: 3, resident: 2 },
@@ -73,8 +76,11 @@ export interface AttentionPass {
 
 interface Grid {
   kernel: string;
-  /** Tiles of a sequence's rows, a row being a token's head in the group of a KV head. */
+  /** Blocks that a multiprocessor holds. */
+  resident: number;
+  /** Tiles of a sequence's rows, a row being a token's head in the group of a KV head; and rows of a tile. */
   tiles: number;
+  height: number;
   /** Parts of the columns. */
   splits: number;
   threads: number;
@@ -113,10 +119,24 @@ function treeGrid(shape: AttentionShape, tokens: number, sequences: number, mult
   return {
     kernel: `tree${warps}x${splits}`,
     tiles: Math.ceil(rows / (16 * warps)),
+    height: 16 * warps,
+    resident: BLOCKS[warps].resident,
     splits,
     threads: 32 * warps * across,
     shared: stageBytes(headSize) * stages + inbox,
   };
+}
+
+/**
+ * Whether sequences may have unequal numbers of tokens, `each` on average, without more turns of the GPU: a sequence's last
+ * tile is half full then, on average.
+ */
+export function dividesWell(shape: AttentionShape, each: number, sequences: number, multiprocessors: number): boolean {
+  const { height, splits, resident } = treeGrid(shape, each, sequences, multiprocessors);
+  const rows = (each * shape.heads) / shape.kvHeads;
+  const turns = (tiles: number) =>
+    Math.ceil((tiles * shape.kvHeads * sequences * splits) / (resident * multiprocessors));
+  return turns(Math.max(1, rows / height + 0.5)) <= turns(Math.ceil(rows / height));
 }
 
 function promptGrid(shape: AttentionShape, tokens: number, sequences: number, multiprocessors: number): Grid {
@@ -125,7 +145,15 @@ function promptGrid(shape: AttentionShape, tokens: number, sequences: number, mu
   const held = Math.floor((2 * multiprocessors) / (tiles * kvHeads * sequences));
   const splits = Math.min(MAX_SPLITS, Math.max(1, held));
   const { across, stages } = PROMPT;
-  return { kernel: "prompt", tiles, splits, threads: 128 * across, shared: stageBytes(headSize) * stages };
+  return {
+    kernel: "prompt",
+    resident: 2,
+    tiles,
+    height: 64,
+    splits,
+    threads: 128 * across,
+    shared: stageBytes(headSize) * stages,
+  };
 }
 
 /** Keys and values of a tile, 16 bytes behind each row. */
@@ -174,23 +202,25 @@ export class Attention {
     for (const name of ["store", ...names]) this.#kernels.set(name, module.kernel(name));
     this.#clusters = Number(cuda.arch.slice("sm_".length)) >= 90;
     // What splits leave for `combine`: blocks fill the GPU at most once, with 64 rows, however many sequences there are,
-    // or the rows of one tree are cut in two.
-    const parts = Math.max(2 * cuda.multiprocessors * 64, 2 * MAX_TREE * heads);
+    // or the rows of one tree are cut in two; twice that, since divided ones have places for twice their rows.
+    const parts = 2 * Math.max(2 * cuda.multiprocessors * 64, 2 * MAX_TREE * heads);
     this.#partialBytes = parts * Math.ceil(headSize / 32) * 64;
     this.#scratch = cuda.alloc(this.#partialBytes + parts * 8);
   }
 
   /**
-   * Queues the attention of one layer for `tokens` tokens of each sequence, or up to so many where they are divided, their
-   * keys and values into the cache.
+   * Queues the attention of one layer for `rows` tokens, of each sequence as many; or where they are divided, 32 sequences at
+   * most, up to `mostNodes`. Their keys and values go into the cache.
    */
-  launch(pass: AttentionPass, tokens: number, sequences: number, divided = false): void {
+  launch(pass: AttentionPass, rows: number, sequences: number, divided = false): void {
     const { dtype, heads, kvHeads, headSize } = this.#shape;
     const { tables, width, blockStride, angleStride } = this.#paging;
+    const each = rows / sequences;
+    const tokens = divided ? mostNodes(each) : each;
     const inputs = [
       ...[pass.qkv, pass.bias, pass.key, pass.value, pass.cos, pass.sin, pass.positions, pass.mask, pass.control],
       ...[tables, pass.out, this.#scratch, this.#scratch + BigInt(this.#partialBytes)],
-      ...[divided ? 1 : 0, tokens, heads, kvHeads, width, blockStride, angleStride],
+      ...[divided ? sequences : 0, tokens, heads, kvHeads, width, blockStride, angleStride],
     ];
     const kernel = (name: string) => this.#kernels.get(name)!;
     const store = () =>
@@ -201,9 +231,11 @@ export class Attention {
       return;
     }
     const prompt = tokens > MAX_TREE;
-    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, tokens, sequences, this.#cuda.multiprocessors);
+    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#cuda.multiprocessors);
     if (prompt) store();
-    const blocks = [kvHeads, grid.splits, grid.tiles * sequences] as const;
+    // The last tile of each sequence may have few rows.
+    const tiles = divided ? Math.ceil((rows * heads) / kvHeads / grid.height) + sequences - 1 : grid.tiles * sequences;
+    const blocks = [kvHeads, grid.splits, tiles] as const;
     kernel(grid.kernel).launch(blocks, grid.threads, grid.shared, ...inputs);
     if (grid.splits === 1 || (this.#clusters && !prompt)) return;
     const chunks = tokens * heads * Math.ceil(headSize / 32) * 4;

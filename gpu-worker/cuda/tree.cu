@@ -321,8 +321,8 @@ __device__ int before(const u64 *list, int n, u64 key, bool ties) {
 }
 
 /**
- * Divides `budget` nodes among the sequences: the best of all of theirs, of each one's falling list of `most` keys, which
- * are copied to `lists`. counts [sequences]: how many each gets. For a whole block.
+ * Divides `budget` nodes among the sequences: the best of all of theirs, of each one's falling list of `most` keys,
+ * which are copied to `lists`. counts [sequences]: how many each gets. For a whole block.
  */
 __device__ void divide(const u64 *keys, u64 *lists, int *counts, int sequences, int most, int budget) {
   for (int i = threadIdx.x; i < sequences * most; i += blockDim.x) lists[i] = keys[i];

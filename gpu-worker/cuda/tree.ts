@@ -7,6 +7,7 @@ import { join } from "node:path";
 import type { TreeShape } from "../decode/drafters/plan.ts";
 import type { Fresh } from "../decode/target.ts";
 import type { Tree } from "../decode/tree.ts";
+import { mostNodes } from "./attention.ts";
 import type { Cuda, Kernel, Pinned } from "./driver.ts";
 import { MAX_KEPT, type Moves } from "./moves.ts";
 
@@ -57,18 +58,13 @@ export interface DraftInputs extends PassInputs {
   hiddenRows: bigint;
 }
 
-/** The most nodes of a sequence where several divide the nodes of a pass, `each` on average. */
-export const mostNodes = (each: number) => Math.min(MAX_NODES, 2 * each);
-
-/** Whether sequences divide nodes: not where there is nothing to choose from. */
-const divides = (shape: TreeShape, sequences: number) =>
+/** Whether sequences can divide nodes: not where there is nothing to choose from. */
+export const canDivide = (shape: TreeShape, sequences: number) =>
   sequences > 1 && sequences <= MOST_DIVIDING && shape.totalToken > 1 && seenOf(shape) >= shape.totalToken;
 
 /** How many of a sequence's nodes its tree may be of, the root aside. */
-function listOf(shape: TreeShape, sequences: number): number {
-  const most = divides(shape, sequences) ? mostNodes(shape.totalToken) : shape.totalToken;
-  return Math.min(most - 1, seenOf(shape));
-}
+const listOf = (shape: TreeShape, divided: boolean) =>
+  Math.min((divided ? mostNodes(shape.totalToken) : shape.totalToken) - 1, seenOf(shape));
 
 /** Nodes that a cycle sees: top_k under the root, then top_k under each of top_k beams a level. */
 function seenOf({ depth, topK }: TreeShape): number {
@@ -97,7 +93,7 @@ function layout<Name extends string>(start: number, sizes: Record<Name, number>)
 }
 
 /** Where everything of a shape lies: what the host writes, what it reads, what only the device sees. */
-function memoryOf(shape: TreeShape, freshRows: number, sequences: number) {
+function memoryOf(shape: TreeShape, freshRows: number, sequences: number, divided: boolean) {
   const { totalToken, topK } = shape;
   const [n, k, rows] = [totalToken * sequences, topK * sequences, freshRows * sequences];
   const ints = (count: number) => count * 4;
@@ -121,10 +117,10 @@ function memoryOf(shape: TreeShape, freshRows: number, sequences: number) {
     spans: ints(2 * sequences),
   });
   const level = layout(results.end, { ...pass(k), hiddenRows: longs(k), control });
-  const verify = layout(level.end, { ...pass(n), control: (divides(shape, sequences) ? 2 : 1) * control });
+  const verify = layout(level.end, { ...pass(n), control: (divided ? 2 : 1) * control });
   const lists = Math.max(k * topK, n) * MAX_SLICES;
   const sums = Math.max(k, n) * MAX_SLICES * 4;
-  const listed = sequences * listOf(shape, sequences);
+  const listed = sequences * listOf(shape, divided);
   const work = layout(verify.end, {
     ...{ seen: SEEN_BYTES * sequences, keys: ints(lists), indices: ints(lists), sums },
     ...{ ranked: longs(listed), rankedNodes: ints(listed) },
@@ -153,7 +149,7 @@ export class CycleBlock implements Disposable {
   /** A pass over topK rows of each sequence. */
   readonly level: DraftInputs;
   /** The target's pass over totalToken rows of each sequence, or as many on average. */
-  readonly verify: PassInputs;
+  readonly verify: PassInputs & { divided: boolean };
   /** For the kernels only: what the host says of each cycle, the nodes seen, lists of candidates. */
   readonly work: Record<"cycles" | "seen" | "keys" | "indices" | "sums" | "ranked" | "rankedNodes", bigint>;
   readonly results: Record<"tokens" | "parents" | "depths" | "scores" | "best" | "spans", bigint>;
@@ -163,22 +159,25 @@ export class CycleBlock implements Disposable {
   readonly #input: Pinned;
   readonly #output: Pinned;
 
-  /** `freshRows`: as many as a deeper shape's cycle may leave, where shapes alternate; 16 at most. */
-  constructor(cuda: Cuda, shape: TreeShape, freshRows: number, sequences: number) {
+  /**
+   * `freshRows`: as many as a deeper shape's cycle may leave, where shapes alternate; 16 at most. `divided`: sequences
+   * share the nodes of a pass, where they can.
+   */
+  constructor(cuda: Cuda, shape: TreeShape, freshRows: number, sequences: number, divided: boolean) {
     checkShape(shape);
     if (freshRows < 1 || freshRows > MAX_FRESH) throw new Error(`${freshRows} fresh rows: at most ${MAX_FRESH} fit`);
     this.#cuda = cuda;
     this.shape = shape;
     this.freshRows = freshRows;
     this.sequences = sequences;
-    this.#memory = memoryOf(shape, freshRows, sequences);
+    this.#memory = memoryOf(shape, freshRows, sequences, divided);
     const { input, results, level, verify, work } = this.#memory;
     this.#base = cuda.alloc(work.end);
     const { cycles, slots, ...fresh } = addresses(this.#base, input.at);
     this.slots = slots;
     this.fresh = fresh;
     this.level = addresses(this.#base, level.at);
-    this.verify = { ...addresses(this.#base, verify.at), divided: divides(shape, sequences) };
+    this.verify = { ...addresses(this.#base, verify.at), divided };
     this.work = { cycles, ...addresses(this.#base, work.at) };
     this.results = addresses(this.#base, results.at);
     this.#input = cuda.pinned(input.end);
@@ -346,7 +345,7 @@ export class TreeKernels {
     const { tokens, parents, depths, scores, spans } = block.results;
     const { cycles, seen, ranked, rankedNodes } = block.work;
     const { shape, sequences } = block;
-    const [count, most] = [seenOf(shape), listOf(shape, sequences)];
+    const [count, most] = [seenOf(shape), listOf(shape, block.verify.divided)];
     const grid = [sequences, 1, 1] as const;
     if (most > 0) this.#kernels.rank.launch(grid, 1024, 0, seen, ranked, rankedNodes, count, most);
     const lists = [cycles, seen, ranked, rankedNodes];

@@ -1,6 +1,7 @@
 /** A decoding cycle of some sequences, of one shape: draft their trees, verify them. All on the device, without a stop. */
+import { dividesWell } from "../../cuda/attention.ts";
 import type { CapturedGraph } from "../../cuda/driver.ts";
-import { CycleBlock, type CycleStart, type DraftInputs } from "../../cuda/tree.ts";
+import { CycleBlock, type CycleStart, canDivide, type DraftInputs } from "../../cuda/tree.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Tree } from "../../decode/tree.ts";
 import type { Binding, Tensor } from "../tensor.ts";
@@ -33,7 +34,10 @@ export class Cycle implements Disposable {
     this.sequences = sequences;
     this.#model = model;
     this.#space = space;
-    this.#block = new CycleBlock(cuda, shape, FRESH_ROWS, sequences);
+    const { totalToken } = shape;
+    const language = { ...config.language, dtype: model.dtype };
+    const divided = canDivide(shape, sequences) && dividesWell(language, totalToken, sequences, cuda.multiprocessors);
+    this.#block = new CycleBlock(cuda, shape, FRESH_ROWS, sequences, divided);
     this.#verify = cache.bind(text.binding(), this.#block.verify, rows, sequences);
     this.#verify.output("hidden", hidden, [rows, width], treeRow * width);
     this.#verify.output("logits", space.logits, [rows, vocabulary]);

@@ -3,7 +3,6 @@ import { Attention, type Paging } from "../../cuda/attention.ts";
 import type { Cuda } from "../../cuda/driver.ts";
 import type { Elementwise, Float } from "../../cuda/elementwise.ts";
 import type { Products } from "../../cuda/products.ts";
-import { mostNodes } from "../../cuda/tree.ts";
 import type { DecoderLayerConfig } from "../../model/layers.ts";
 import { normName } from "../../ops/norm.ts";
 import type { CustomOp } from "../custom-op.ts";
@@ -26,9 +25,8 @@ export function attentionOp(
     columns: () => heads * headSize,
     compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], { rows, dims }) {
       const [sequences, words] = dims(8);
-      const divided = words === 8;
-      const tokens = divided ? mostNodes(rows / sequences) : rows / sequences;
-      attention.launch({ qkv, bias, key, value, cos, sin, positions, mask, control, out }, tokens, sequences, divided);
+      const memory = { qkv, bias, key, value, cos, sin, positions, mask, control, out };
+      attention.launch(memory, rows, sequences, words === 8);
     },
   };
 }
