@@ -1,7 +1,8 @@
 /** Attention over a KV cache as kernels (attention*.cu): their grids and the memory that they need between launches. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Cuda, Kernel, Module } from "./driver.ts";
+import type { Cuda } from "./driver.ts";
+import type { Kernel, Module } from "./kernel.ts";
 
 // The bounds of attention*.cu.
 const TILE = 64;

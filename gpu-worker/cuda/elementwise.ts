@@ -1,7 +1,8 @@
 /** The small kernels of elementwise.cu. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
-import type { Cuda, Kernel } from "./driver.ts";
+import type { Cuda } from "./driver.ts";
+import type { Kernel } from "./kernel.ts";
 
 /** Element types, as the kernels number them. */
 export type Float = "f32" | "f16" | "bf16";

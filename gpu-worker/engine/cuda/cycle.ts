@@ -1,7 +1,7 @@
 /** A decoding cycle of some sequences, of one shape: draft their trees, verify them. All on the device, without a stop. */
 import { dividesWell } from "../../cuda/attention.ts";
+import { CycleBlock, type CycleStart, canDivide, type DraftInputs } from "../../cuda/cycle-block.ts";
 import type { CapturedGraph } from "../../cuda/driver.ts";
-import { CycleBlock, type CycleStart, canDivide, type DraftInputs } from "../../cuda/tree.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
 import type { Tree } from "../../decode/tree.ts";
 import type { Binding, Tensor } from "../tensor.ts";

@@ -1,7 +1,7 @@
 /** Memory of the CUDA engine: KV caches in blocks of one pool, and small inputs on their way to the device. */
 import { BLOCK_ROWS, type Paging } from "../../cuda/attention.ts";
+import type { PassInputs } from "../../cuda/cycle-block.ts";
 import type { Pinned } from "../../cuda/driver.ts";
-import type { PassInputs } from "../../cuda/tree.ts";
 import type { CacheShape } from "../cache.ts";
 import type { Rows } from "../prefix-cache.ts";
 import type { Runtime } from "../runtime.ts";

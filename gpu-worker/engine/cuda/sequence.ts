@@ -1,7 +1,8 @@
 /** One sequence on the GPU: its prompt, its rows in blocks, and what its last tree left. */
+
+import type { CycleStart } from "../../cuda/cycle-block.ts";
 import type { Pinned, Mark as StreamMark } from "../../cuda/driver.ts";
 import type { Move } from "../../cuda/moves.ts";
-import type { CycleStart } from "../../cuda/tree.ts";
 import type { Fresh, Scores, Sequence } from "../../decode/target.ts";
 import type { Tree } from "../../decode/tree.ts";
 import type { Path } from "../../decode/verify.ts";

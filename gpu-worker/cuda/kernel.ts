@@ -1,0 +1,126 @@
+/** Launches of compiled kernels. */
+import koffi from "koffi";
+import { api, fail } from "./libcuda.ts";
+
+/** Value of CUfunction_attribute (cuda.h). */
+const MAX_DYNAMIC_SHARED = 8;
+/** Bytes of dynamic shared memory that a kernel may use without asking. */
+const PLAIN_SHARED = 48 * 1024;
+/** Bytes of parameters that a kernel can have on every architecture. */
+const MOST_PARAMETERS = 4096;
+
+/** Compiled kernels. */
+export class Module {
+  readonly #handle: bigint;
+  readonly #stream: bigint;
+  readonly #early: boolean;
+
+  constructor(handle: bigint, stream: bigint, early: boolean) {
+    this.#handle = handle;
+    this.#stream = stream;
+    this.#early = early;
+  }
+
+  /** The kernel of that name, which must be `extern "C"`. */
+  kernel(name: string): Kernel {
+    const out: [bigint] = [0n];
+    const result = api.cuModuleGetFunction(out, this.#handle, name) as number;
+    if (result !== 0) fail(`kernel ${name}`, result);
+    return new Kernel(name, out[0], this.#stream, this.#early);
+  }
+}
+
+export type Argument = bigint | number | { float: number };
+
+/** CU_LAUNCH_PARAM_*: what says that parameters come as one buffer, not as a pointer to each. */
+const [END, BUFFER, BUFFER_SIZE] = [0n, 1n, 2n];
+
+/** The structs of a launch, which copies them, so that one of each is enough for all kernels. */
+interface Launch {
+  /** The kernel's parameters, and their bytes. */
+  u64: BigUint64Array;
+  i32: Int32Array;
+  f32: Float32Array;
+  size: BigUint64Array;
+  /** void*[5]. */
+  extra: bigint;
+  /** CUlaunchConfig: grid, block, shared memory, then stream and attributes from its bytes 32 on. */
+  config: bigint;
+  shape: Uint32Array;
+  more: BigUint64Array;
+}
+let launch: Launch | undefined;
+
+/** CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION. */
+const EARLY = 6;
+const ATTRIBUTE_BYTES = 72;
+
+function newLaunch(): Launch {
+  const bytes = [MOST_PARAMETERS, 40, 8, 56, ATTRIBUTE_BYTES];
+  const start = koffi.alloc("uint64", bytes.reduce((a, b) => a + b, 0) / 8) as bigint; // biome-ignore format: one line
+  const [memory, extra, size, config, attribute] = bytes.map((_, i) => start + BigInt(bytes.slice(0, i).reduce((a, b) => a + b, 0))); // biome-ignore format: one line
+  const buffer = koffi.view(memory, MOST_PARAMETERS);
+  new BigUint64Array(koffi.view(extra, 40)).set([BUFFER, memory, BUFFER_SIZE, size, END]);
+  new Uint32Array(koffi.view(attribute, ATTRIBUTE_BYTES)).set([EARLY, 0, 1]);
+  const more = new BigUint64Array(koffi.view(config, 56), 32, 3);
+  more[1] = attribute;
+  return {
+    u64: new BigUint64Array(buffer),
+    i32: new Int32Array(buffer),
+    f32: new Float32Array(buffer),
+    size: new BigUint64Array(koffi.view(size, 8)),
+    extra,
+    config,
+    shape: new Uint32Array(koffi.view(config, 28)),
+    more,
+  };
+}
+
+export class Kernel {
+  readonly #name: string;
+  readonly #handle: bigint;
+  readonly #stream: bigint;
+  readonly #early: boolean;
+  #shared = PLAIN_SHARED;
+
+  constructor(name: string, handle: bigint, stream: bigint, early: boolean) {
+    this.#name = name;
+    this.#handle = handle;
+    this.#stream = stream;
+    this.#early = early;
+  }
+
+  /**
+   * Queues the kernel on blocks of `threads` threads with `shared` bytes of dynamic shared memory. The arguments are
+   * laid out as C does: a bigint takes 8 bytes (a pointer), a number is an int, {float} a float. Their number and
+   * kinds are not checked.
+   */
+  launch(
+    [x, y, z]: readonly [number, number, number],
+    threads: number,
+    shared: number,
+    ...args: readonly Argument[]
+  ): void {
+    if (shared > this.#shared) {
+      const result = api.cuFuncSetAttribute(this.#handle, MAX_DYNAMIC_SHARED, shared) as number;
+      if (result !== 0) fail(`${shared} bytes of shared memory for kernel ${this.#name}`, result);
+      this.#shared = shared;
+    }
+    launch ??= newLaunch();
+    const { u64, i32, f32, size, extra, config, shape, more } = launch;
+    let at = 0; // in units of 4 bytes
+    for (const arg of args)
+      if (typeof arg === "bigint") {
+        at += at & 1;
+        u64[at >> 1] = arg;
+        at += 2;
+      } else if (typeof arg === "number") i32[at++] = arg;
+      else f32[at++] = arg.float;
+    size[0] = BigInt(at * 4);
+    shape.set([x, y, z, threads, 1, 1, shared]);
+    more[0] = this.#stream;
+    more[2] = this.#early ? 1n : 0n;
+    const result = api.cuLaunchKernelEx(config, this.#handle, null, extra) as number;
+    if (result !== 0) fail(`kernel ${this.#name} on [${x}, ${y}, ${z}] x ${threads}`, result);
+  }
+}
