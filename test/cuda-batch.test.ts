@@ -1,6 +1,7 @@
-/** Who shares a cycle on CUDA, without one: cycles are made up, their rows are counted. */
+/** Who shares a cycle and whose blocks are whose on CUDA, without a GPU: cycles are made up, memory is the host's. */
 import { setImmediate } from "node:timers/promises";
 import { expect, test } from "vitest";
+import { dividesWell } from "../gpu-worker/cuda/attention.ts";
 import { decode } from "../gpu-worker/decode/decode.ts";
 import type { TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { KvPool } from "../gpu-worker/decode/pool.ts";
@@ -9,7 +10,9 @@ import type { Sequence, TargetModel } from "../gpu-worker/decode/target.ts";
 import type { Tree } from "../gpu-worker/decode/tree.ts";
 import { Batch, type Chooser, type Runner } from "../gpu-worker/engine/cuda/batch.ts";
 import { cudaDrafter } from "../gpu-worker/engine/cuda/drafter.ts";
+import { Blocks } from "../gpu-worker/engine/cuda/memory.ts";
 import type { CudaSequence } from "../gpu-worker/engine/cuda/sequence.ts";
+import type { Runtime } from "../gpu-worker/engine/runtime.ts";
 import type { Prompt } from "../gpu-worker/engine/target.ts";
 import { plainSampling } from "./support/goldens.ts";
 
@@ -185,4 +188,39 @@ test("random schedules in a pool that is too small end, with every text as it is
   }
   expect(shared).toBeGreaterThan(3);
   expect(pool.preemptions).toBeGreaterThan(10);
+});
+
+test("blocks are one slot's at a time; what was released is the next one's; there are no more than there are", () => {
+  const sent: number[][] = [];
+  const pinned = (bytes: number) => ({ pointer: 0n, buffer: new ArrayBuffer(bytes) });
+  const upload = (to: bigint, _from: bigint, bytes: number) => sent.push([Number(to) / 4, bytes / 4]);
+  const tensor = () => ({ pointer: 0n, [Symbol.dispose]() {} });
+  const blocks = new Blocks({ cuda: { pinned, upload }, tensor } as unknown as Runtime, 3, 300);
+  blocks.fill(7);
+  expect([blocks.width, blocks.free]).toEqual([5, 7]);
+  sent.length = 0;
+  blocks.reserve(0, 65);
+  blocks.reserve(1, 200);
+  blocks.reserve(0, 128); // has them
+  expect(sent).toEqual([[0, 2], [5, 4]]); // biome-ignore format: places in the tables, and how many
+  const rows = [0, 64, 127].map((row) => blocks.row(0, row)).concat([0, 64, 128, 192].map((row) => blocks.row(1, row)));
+  expect(rows.map((row) => row % 64)).toEqual([0, 0, 63, 0, 0, 0, 0]);
+  const held = new Set(rows.map((row) => Math.floor(row / 64)));
+  expect([held.size, held.has(0), Math.max(...held) <= 7, blocks.free]).toEqual([6, false, true, 1]);
+  expect(() => blocks.reserve(2, 65)).toThrow("65 rows need 2 more blocks of KV cache; 1 are free");
+  expect(blocks.free).toBe(1);
+  for (const slot of [0, 1]) blocks.release(slot);
+  blocks.reserve(2, 1000); // a table has no more places than the context
+  expect(blocks.free).toBe(2);
+  blocks.release(2);
+  expect(blocks.free).toBe(7);
+});
+
+test("nodes are divided only where the GPU takes no more turns for it", () => {
+  const qwen = { dtype: "bf16", heads: 28, kvHeads: 4, headSize: 128 } as const;
+  const llava = { dtype: "f16", heads: 32, kvHeads: 32, headSize: 128 } as const;
+  expect([2, 8, 16].map((n) => dividesWell(qwen, 30, n, 132))).toEqual([true, true, true]);
+  // 30 rows are one tile of 32 for each head; more of them would be two for many.
+  expect([2, 8, 16].map((n) => dividesWell(llava, 30, n, 132))).toEqual([false, false, false]);
+  expect(dividesWell(llava, 4, 8, 132)).toBe(true);
 });
