@@ -7,7 +7,7 @@ import { draftVocabulary, FREQUENT_FILE } from "../gpu-worker/engine/cuda/model.
 import { encodePicture, type Passage } from "../gpu-worker/engine/images.ts";
 import { type FixedInput, Runtime, type Session } from "../gpu-worker/engine/runtime.ts";
 import type { Tensor } from "../gpu-worker/engine/tensor.ts";
-import { Graph } from "../gpu-worker/graph/graph.ts";
+import { type Dim, Graph } from "../gpu-worker/graph/graph.ts";
 import { CUSTOM_DOMAIN, encodeOnnx } from "../gpu-worker/graph/onnx.ts";
 import { adaptorGraph, DRAFT_ATTENTION, draftBiasGraph, draftGraph, foldGraph } from "../gpu-worker/model/draft.ts";
 import { headWeight, languageGraph, TARGET_ATTENTION } from "../gpu-worker/model/language.ts";
@@ -60,9 +60,10 @@ function run(runtime: Runtime, { graph, session }: Runnable, given: Given, cache
     const data = given[name];
     const cached = name.startsWith("key.") || name.startsWith("value.");
     if (!data && !cached) continue; // the session has it
-    const known = shape.map((d) => (d === "M" ? ROWS : d)).filter((d) => typeof d === "number");
+    const of = (d: Dim) => (d === "M" ? ROWS : d === "S" ? 1 : d);
+    const known = shape.map(of).filter((d) => typeof d === "number");
     const product = known.reduce((a, b) => a * b, 1);
-    const dims = shape.map((d) => (d === "M" ? ROWS : typeof d === "number" ? d : data.length / product));
+    const dims = shape.map(of).map((d) => (typeof d === "number" ? d : data.length / product));
     const tensor = cached ? (caches.get(name) ?? runtime.tensor(dtype, product)) : runtime.tensor(dtype, data.length);
     if (cached) caches.set(name, tensor);
     else if (dtype === "i64") memory.use(tensor).i64.set(Array.from(data, BigInt));
