@@ -65,7 +65,7 @@ const rules: Rule[] = [
     types: true,
   },
   {
-    from: /^(?!gpu-worker\/(engine\/(runtime|ort-api|custom-op)|cuda\/(driver|libcuda|nvrtc))\.ts$)/,
+    from: /^(?!gpu-worker\/(engine\/(runtime|ort-api|custom-op)|cuda\/(driver|kernel|libcuda|nvrtc))\.ts$)/,
     to: /^koffi$/,
     types: true,
   },

@@ -9,7 +9,7 @@ import { cases, withImages } from "./support/goldens.ts";
 import { type Stack, startStack } from "./support/stack.ts";
 
 const SEED = Number(process.env.SEED ?? 1);
-const COUNT = Number(process.env.COUNT ?? 10_000);
+const COUNT = Number(process.env.COUNT ?? 2500);
 /** Milliseconds that no answer takes unless something hangs. */
 const HANGS = 60_000;
 
