@@ -350,7 +350,11 @@ describe("answers", () => {
       [0, "00-describe"],
       [1, "18-story"],
     ] as const) {
-      const change = { json: json(schema), maxTokens: bounded ? 400 : 150, sampling: { ...plainSampling, temperature, seed: 3 } };
+      const change = {
+        json: json(schema),
+        maxTokens: bounded ? 400 : 150,
+        sampling: { ...plainSampling, temperature, seed: 3 },
+      };
       const wanted = await answer(engines[0][1], golden(id), change);
       // Where a schema bounds nothing, an answer may take all of its tokens.
       const ended = wanted.at(-1)!.finish!.reason === "stop";
