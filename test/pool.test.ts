@@ -57,6 +57,17 @@ describe("a pool of rows", () => {
     expect(pool.used).toBe(0);
   });
 
+  test("grows at once where that takes no waiting, and not before one that waits", async () => {
+    const pool = new KvPool(5 * BLOCK_ROWS);
+    const [first, second] = [await pool.admit(BLOCK_ROWS, signal), await pool.admit(BLOCK_ROWS, signal)];
+    expect([first.growNow(BLOCK_ROWS), first.growNow(3 * BLOCK_ROWS), pool.used]).toEqual([true, true, 4]);
+    expect([second.growNow(3 * BLOCK_ROWS), second.growNow(2 * BLOCK_ROWS), pool.used]).toEqual([false, true, 5]);
+    const growing = first.grow(4 * BLOCK_ROWS, signal);
+    expect([second.gaveWay, second.growNow(BLOCK_ROWS)]).toEqual([true, false]);
+    second[Symbol.dispose]();
+    expect(await growing).toBe(true);
+  });
+
   test("has the one that grows give way itself when it is the youngest", async () => {
     const pool = new KvPool(rows(3));
     const [old, young] = [await pool.admit(rows(2), signal), await pool.admit(rows(1), signal)];

@@ -29,8 +29,8 @@ export interface CrowdBench {
 interface Decoding {
   name: string;
   drafter: Drafter;
-  /** What would be accepted of a tree, for each answer. */
-  accept?: () => (tree: Tree) => Path;
+  /** What would be accepted of a tree, for the i-th answer. */
+  accept?: (i: number) => (tree: Tree) => Path;
 }
 
 /** Tokens of a long prompt, and of its answer; milliseconds to the first one, when the answers' first cycle is over. */
@@ -42,17 +42,17 @@ interface Answer {
   gaps: number[];
 }
 
-/** One answer, from the moment that `ready` resolves. */
+/** One answer to so many equal tokens, from the moment that `ready` resolves. */
 async function answer(
   target: CudaTarget,
   drafter: Drafter,
-  prompt: number,
+  prompt: { tokens: number; of: number },
   maxTokens: number,
   signal: AbortSignal,
   ready: () => Promise<void>,
   accept?: (tree: Tree) => Path,
 ): Promise<Answer> {
-  const expanded = target.model.family.expandPrompt(new Array<number>(prompt).fill(0), []);
+  const expanded = target.model.family.expandPrompt(new Array<number>(prompt.tokens).fill(prompt.of), []);
   const options = { samplers: [new Sampler(GREEDY)], maxTokens, stopTokens: new Set<number>(), signal, accept };
   const gaps: number[] = [];
   let [tokens, last] = [0, 0];
@@ -87,7 +87,10 @@ async function rowOf(
   const over = new AbortController();
   const long = longEvery && all.promise.then(() => longPrompts(target, drafter, longEvery, over.signal));
   const answers = await Promise.all(
-    Array.from({ length: n }, () => answer(target, drafter, past, ANSWER, signal, ready, accept?.())),
+    // Different prompts, so that trees are different and have unequal shares of a pass.
+    Array.from({ length: n }, (_, i) =>
+      answer(target, drafter, { tokens: past, of: i }, ANSWER, signal, ready, accept?.(i)),
+    ),
   ).finally(() => over.abort());
   const ms = performance.now() - begun;
   const prompts = (await long) ?? 0;
@@ -99,24 +102,29 @@ async function rowOf(
   };
 }
 
-/** Long prompts one after the other until the signal; how many began. */
+/** Long prompts one after the other until the signal; how many got to an answer. */
 async function longPrompts(target: CudaTarget, drafter: Drafter, every: number, signal: AbortSignal): Promise<number> {
-  const none = () => Promise.resolve();
+  let count = 0;
+  const began = async () => {
+    count++;
+  };
   const under: Promise<unknown>[] = [];
   await sleep(LONG.after, undefined, { signal }).catch(() => {});
   while (!signal.aborted) {
-    under.push(answer(target, drafter, LONG.prompt, LONG.answer, signal, none).catch(() => {}));
+    const one = answer(target, drafter, { tokens: LONG.prompt, of: 0 }, LONG.answer, signal, began);
+    one.catch(() => {}); // it is told below
+    under.push(one);
     await sleep(every, undefined, { signal }).catch(() => {});
   }
   await Promise.all(under);
-  return under.length;
+  return count;
 }
 
 /** The tree of each cycle chosen by cost; each draft on the deepest path is accepted with the chance that gives that mean of the paper's tree. */
 function chosen(engine: LocalEngine, mean: number): Decoding {
   const chance = chanceOf(mean, PAPER.depth + 1);
-  const accept = () => {
-    const uniform = uniforms(1);
+  const accept = (i: number) => {
+    const uniform = uniforms(1 + i);
     return (tree: Tree) => {
       let taken = 0;
       while (taken < Math.max(...tree.depths) && uniform() < chance) taken++;
@@ -131,12 +139,15 @@ export async function benchCrowd(engine: LocalEngine, bench: CrowdBench, signal:
   const target = engine.parts.target as CudaTarget;
   const { accept, past, longEvery, json } = bench;
   const most = Math.max(...bench.crowd);
-  const rows = most * (past + ANSWER + CYCLE_ROWS + BLOCK_ROWS);
-  if (rows > target.pool!.blocks * BLOCK_ROWS || past + ANSWER > target.model.config.contextLength)
-    throw new UsageError(`${most} answers after prompts of ${past} need ${rows} rows of KV cache and a context of ${past + ANSWER}; there are ${target.pool!.blocks * BLOCK_ROWS} and ${target.model.config.contextLength}`); // biome-ignore format: one line
+  const beyond = CYCLE_ROWS + BLOCK_ROWS;
+  const context = Math.max(past + ANSWER, longEvery ? LONG.prompt + LONG.answer : 0);
+  const rows = most * (past + ANSWER + beyond) + (longEvery ? LONG.prompt + LONG.answer + beyond : 0);
+  const { contextLength } = target.model.config;
+  if (rows > target.pool!.blocks * BLOCK_ROWS || context > contextLength)
+    throw new UsageError(`these answers need ${rows} rows of KV cache and a context of ${context}; there are ${target.pool!.blocks * BLOCK_ROWS} and ${contextLength}`); // biome-ignore format: one line
   const tree = cudaDrafter(target.batch, always(PAPER)) as Drafter;
   const decodings: Decoding[] = [{ name: "plain", drafter: engine.plain }];
-  const forcing = accept === undefined ? undefined : () => forced(accept, PAPER);
+  const forcing = accept === undefined ? undefined : (i: number) => forced(accept, PAPER, 1 + i);
   decodings.push({ name: "30/3/8", drafter: tree, accept: forcing });
   if (accept !== undefined) decodings.push(chosen(engine, accept));
   const long = longEvery ? `, and prompts of ${LONG.prompt} every ${longEvery} ms` : "";

@@ -100,9 +100,9 @@ export function chanceOf(mean: number, levels: number): number {
  * What stands in for verification: as many drafts as that chance gives, of the path to the deepest node. Drafts that the
  * tree has no room for (its best nodes may not reach the last level) are owed to the next cycles.
  */
-export function forced(mean: number, shape: TreeShape): (tree: Tree) => Path {
+export function forced(mean: number, shape: TreeShape, seed = 1): (tree: Tree) => Path {
   const levels = shape.depth + 1;
-  const [chance, uniform] = [chanceOf(mean, levels), uniforms(1)];
+  const [chance, uniform] = [chanceOf(mean, levels), uniforms(seed)];
   let owed = 0;
   return (tree) => {
     for (let i = 0; i < levels && uniform() < chance; i++) owed++;

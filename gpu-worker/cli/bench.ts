@@ -231,6 +231,8 @@ async function onCrowd(flags: Flags, options: EngineOptions, signal: AbortSignal
   const crowd = String(flags.crowd).split(",").map((n) => number({ crowd: n }, "crowd", { min: 1, max: MOST_SEQUENCES })!); // biome-ignore format: one chain
   const [accept] = acceptOf(flags);
   const longEvery = number(flags, "long-prompts", { min: 1, max: 60_000 });
+  if (longEvery && Math.max(...crowd) === MOST_SEQUENCES)
+    throw new UsageError(`--long-prompts: beside ${MOST_SEQUENCES} answers none could run`);
   const past = number(flags, "past", { min: 1, max: 100_000 }) ?? 1024;
   const engine = new LocalEngine({ ...options, concurrency: Math.min(MOST_SEQUENCES, Math.max(...crowd) + 1) });
   try {

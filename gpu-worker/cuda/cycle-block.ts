@@ -35,8 +35,8 @@ export interface CycleStart {
 }
 
 /**
- * Addresses of what a pass reads of its n rows, equally many a sequence: ids [n] i64, positions [n], masks [n,4] i32;
- * and of each sequence: control [sequences,4] i32.
+ * Addresses of what a pass reads of its n rows: ids [n] i64, positions [n], masks [n,4] i32; and of each sequence: control
+ * [sequences,4] i32, where all have equally many.
  */
 export interface PassInputs {
   ids: bigint;

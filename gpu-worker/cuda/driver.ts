@@ -34,7 +34,7 @@ __device__ __forceinline__ void awaitInputs() {
 let opened: Cuda | undefined;
 
 /**
- * The first GPU. All work goes to one stream, in order; only `synchronize`, `milliseconds` and what `timed` gives wait for it. Errors of
+ * The first GPU. All work goes to one stream, in order; only `synchronize`, `milliseconds`, what `timed` gives, marks, `free` and `healthy` wait for it. Errors of
  * kernels show in a later call, as CUDA has it.
  */
 export class Cuda {

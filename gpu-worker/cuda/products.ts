@@ -144,8 +144,9 @@ export class Products {
   #choose(memory: readonly bigint[], { rows, inner, columns }: ProductShape): Plan {
     const layout = (r: number, c: number) => make("cublasLtMatrixLayoutCreate", this.#type, r, c, r);
     const layouts = [layout(columns, inner), layout(inner, rows), layout(columns, rows)] as const;
-    const plans = this.#algorithms(layouts).map((algorithm) => ({ layouts, algorithm }));
-    if (rows > SEARCHED_ROWS && plans.length > 0) return plans[0];
+    const most = rows > SEARCHED_ROWS ? 1 : CANDIDATES;
+    const plans = this.#algorithms(layouts, most).map((algorithm) => ({ layouts, algorithm }));
+    if (most === 1 && plans.length > 0) return plans[0];
     const others = this.#cuda.alloc(OTHERS);
     const times = plans.map((plan) => this.#time(memory, plan, others));
     this.#cuda.free(others);
@@ -155,11 +156,11 @@ export class Products {
   }
 
   /** What the library names for a shape, its own choice first. */
-  #algorithms([w, x, y]: Plan["layouts"]): Uint8Array[] {
-    const results = new Uint8Array(CANDIDATES * RESULT_BYTES);
+  #algorithms([w, x, y]: Plan["layouts"], most: number): Uint8Array[] {
+    const results = new Uint8Array(most * RESULT_BYTES);
     const count: [number] = [0];
     const what = [this.#handle, this.#desc, w, x, y, y, this.#preference];
-    call("cublasLtMatmulAlgoGetHeuristic", ...what, CANDIDATES, results, count);
+    call("cublasLtMatmulAlgoGetHeuristic", ...what, most, results, count);
     return Array.from({ length: count[0] }, (_, i) =>
       results.slice(i * RESULT_BYTES, i * RESULT_BYTES + ALGORITHM_BYTES),
     );

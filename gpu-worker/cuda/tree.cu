@@ -32,7 +32,7 @@ typedef unsigned long long u64;
 #define MAX_KEPT 16
 #define BLOCK_ROWS 64 // of a cache
 
-/** What the host says of a sequence's cycle: tree.ts's block begins with one for each. */
+/** What the host says of a sequence's cycle: a CycleBlock begins with one for each. */
 struct Cycle {
   int targetAfter;   // rows of the target's cache
   int draftAfter;    // rows of the draft's cache after the fresh ones
@@ -42,7 +42,7 @@ struct Cycle {
   int unused[3];
 };
 
-/** Rows that a sequence keeps of its last tree, as tree.ts writes them. Unused ones: from = to = 0, hiddenFrom = -1. */
+/** Rows that a sequence keeps of its last tree, as moves.ts writes them. Unused ones: from = to = 0, hiddenFrom = -1. */
 struct alignas(16) Move {
   int from[MAX_KEPT]; // rows of keys and values
   int to[MAX_KEPT];

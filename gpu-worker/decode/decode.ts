@@ -89,7 +89,7 @@ async function* decodeChoice<S extends Sequence>(
     given.push(...path.tokens);
     const ended = given.length >= maxTokens || stopTokens.has(path.tokens.at(-1)!);
     // One that waits for room must not have others wait for it.
-    if (!ended && !options.logits && running.hasRoom) drafting.ahead?.(fresh);
+    if (!ended && !options.logits && running.fitsNow()) drafting.ahead?.(fresh);
     if (!options.logits) running.sequence.release?.();
     yield {
       tokens: path.tokens,

@@ -79,6 +79,16 @@ export class KvPool {
     return !room.gaveWay;
   }
 
+  /** Room's. */
+  growNow(room: Room, rows: number): boolean {
+    if (room.gaveWay) return false;
+    const more = Math.ceil(rows / BLOCK_ROWS) - room.blocks;
+    // Not before one that waits.
+    if (more > 0 && (this.#growing > 0 || this.blocks - this.used < more)) return false;
+    room.blocks += Math.max(0, more);
+    return true;
+  }
+
   /** Asks the youngest for their rooms until so many blocks are free, or will be. */
   #makeWay(blocks: number): void {
     let free = this.blocks - this.used;
@@ -125,9 +135,9 @@ export class Room implements Disposable {
     this.blocks = blocks;
   }
 
-  /** Whether it has so many rows, and need not give them back. */
-  has(rows: number): boolean {
-    return !this.gaveWay && rows <= this.blocks * BLOCK_ROWS;
+  /** Grows to so many rows if that takes no waiting; whether it has them now. */
+  growNow(rows: number): boolean {
+    return this.#pool.growNow(this, rows);
   }
 
   /** Grows to so many rows; false: it has to be given back instead. Rejects as `admit`. */

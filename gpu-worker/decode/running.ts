@@ -78,9 +78,9 @@ export class Running<S extends Sequence> implements Disposable {
     return true;
   }
 
-  /** Whether there is room for another tree, without waiting. */
-  get hasRoom(): boolean {
-    return this.#room?.has(this.sequence.length + this.#options.maxTree) ?? true;
+  /** Whether there is room for another tree, where that takes no waiting. */
+  fitsNow(): boolean {
+    return this.#room?.growNow(this.sequence.length + this.#options.maxTree) ?? true;
   }
 
   /** Waits for room for another tree. False: `begin` has to come next. */

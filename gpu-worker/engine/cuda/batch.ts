@@ -108,6 +108,7 @@ export class Batch<S> implements Disposable {
       this.#running = { run: this.#runner.start(sequences, shape, this.#decoding), shape, asked };
     } catch (error) {
       for (const { reject } of asked) reject(error);
+      this.#begin(); // others have asked too
       return;
     }
     setImmediate(() => this.#finish());

@@ -32,8 +32,14 @@ export class Cycles implements Runner<CudaSequence>, Disposable {
     const { cuda } = this.#model;
     const cycle = this.of(shape, sequences.length);
     this.#settle(new Set([...others, ...sequences]));
-    const starts = sequences.map((sequence) => sequence.next(shape !== PLAIN));
-    const wait = cuda.timed(() => cycle.start(starts));
+    let wait: () => number;
+    try {
+      const starts = sequences.map((sequence) => sequence.next(shape !== PLAIN));
+      wait = cuda.timed(() => cycle.start(starts));
+    } catch (error) {
+      cuda.synchronize(); // what was sent must be read before the next cycle sends
+      throw error;
+    }
     const tree = (i: number) => {
       sequences[i].verified({ row: cycle.firstRow(i), best: cycle.best(i) });
       return cycle.tree(i);

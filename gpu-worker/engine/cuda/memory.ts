@@ -1,7 +1,7 @@
 /** Memory of the CUDA engine: KV caches in blocks of one pool, and small inputs on their way to the device. */
 import { BLOCK_ROWS, type Paging } from "../../cuda/attention.ts";
 import type { PassInputs } from "../../cuda/cycle-block.ts";
-import type { Pinned } from "../../cuda/driver.ts";
+import type { Mark, Pinned } from "../../cuda/driver.ts";
 import type { CacheShape } from "../cache.ts";
 import type { Rows } from "../prefix-cache.ts";
 import type { Runtime } from "../runtime.ts";
@@ -17,6 +17,8 @@ export class Blocks implements Disposable {
   readonly tables: Tensor;
   readonly #runtime: Runtime;
   readonly #host: Pinned;
+  /** The tables' last copy. */
+  readonly #sent: Mark;
   readonly #held: number[][];
   #free: number[] = [];
 
@@ -26,6 +28,7 @@ export class Blocks implements Disposable {
     this.width = Math.ceil(rows / BLOCK_ROWS);
     this.tables = runtime.tensor("i32", slots * this.width, "device");
     this.#host = runtime.cuda!.pinned(slots * this.width * 4);
+    this.#sent = runtime.cuda!.mark();
     this.#held = Array.from({ length: slots }, () => []);
     for (let slot = 0; slot < slots; slot++) this.release(slot);
   }
@@ -55,6 +58,7 @@ export class Blocks implements Disposable {
 
   /** Takes a slot's blocks back. Work that was queued for its sequence may still write to them before any other's. */
   release(slot: number): void {
+    this.#sent.wait(); // what is on its way must not read what comes after
     this.#free.push(...this.#held[slot].splice(0).reverse());
     this.#table(slot).fill(0);
     this.#send(slot, 0, this.width);
@@ -77,10 +81,12 @@ export class Blocks implements Disposable {
   #send(slot: number, from: number, to: number): void {
     const at = BigInt((slot * this.width + from) * 4);
     this.#runtime.cuda!.upload(this.tables.pointer + at, this.#host.pointer + at, (to - from) * 4);
+    this.#sent.record();
   }
 
   [Symbol.dispose](): void {
     this.tables[Symbol.dispose]();
+    this.#sent[Symbol.dispose]();
     this.#runtime.cuda!.freePinned(this.#host);
   }
 }

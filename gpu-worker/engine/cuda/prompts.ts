@@ -31,6 +31,8 @@ export class PromptPasses implements Disposable {
   /** f32 [context,headSize/2], and i32 [headSize/2]: the axis that each number's position is of. */
   readonly #angles: Record<"cos" | "sin", Tensor>;
   readonly #axes: Tensor;
+  /** Rows of positions that anything turns by. */
+  readonly #turning: number;
   /** Of text, and of pieces with pictures. */
   readonly #graphs: { runs: number; graph?: CapturedGraph }[] = [{ runs: 0 }, { runs: 0 }];
 
@@ -44,10 +46,11 @@ export class PromptPasses implements Disposable {
     this.#angles = { cos: put(runtime, cos), sin: put(runtime, sin) };
     this.#axes = put(runtime, Int32Array.from(family.rotaryAxes));
     this.#sent = cuda.mark();
+    this.#turning = Math.max(...family.rotaryAxes) + 1;
     this.#staging = new Staging(runtime, {
       ...{ ids: ["i64", CHUNK], positions: ["i32", CHUNK], masks: ["i32", 4 * CHUNK], control: ["i32", 4] },
       ...{ logitRow: ["i64", 1], imageIndex: ["i64", CHUNK], imageRow: ["i32", FEW] },
-      axes: ["i32", (Math.max(...family.rotaryAxes) + 1) * config.contextLength],
+      axes: ["i32", this.#turning * config.contextLength],
     } as const);
   }
 
@@ -58,9 +61,8 @@ export class PromptPasses implements Disposable {
     const half = config.language.headSize / 2;
     this.#sent.wait();
     const all = this.#staging.i32("axes");
-    for (const [axis, row] of positions.entries())
-      if (axis * tokens.length < all.length) all.set(row, axis * tokens.length);
-    this.#staging.send("axes", positions.length * tokens.length);
+    for (let axis = 0; axis < this.#turning; axis++) all.set(positions[axis], axis * tokens.length);
+    this.#staging.send("axes", this.#turning * tokens.length);
     this.#sent.record();
     const at = BigInt(slot * cache.paging.angleStride * 4);
     const places = { positions: this.#staging.tensor("axes").pointer, axes: this.#axes.pointer };
