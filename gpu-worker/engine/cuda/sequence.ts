@@ -1,5 +1,4 @@
 /** One sequence on the GPU: its prompt, its rows in blocks, and what its last tree left. */
-
 import type { CycleStart } from "../../cuda/cycle-block.ts";
 import type { Pinned, Mark as StreamMark } from "../../cuda/driver.ts";
 import type { Move } from "../../cuda/moves.ts";
