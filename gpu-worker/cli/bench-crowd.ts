@@ -17,8 +17,8 @@ import { UsageError } from "./options.ts";
 export interface CrowdBench {
   /** How many answers at once; a row each. */
   crowd: number[];
-  /** Drafts accepted a cycle, where that is forced. */
-  accept: number | undefined;
+  /** Drafts accepted a cycle of the paper's tree: forced. */
+  accept: number;
   /** Tokens of each prompt. */
   past: number;
   /** Milliseconds from one long prompt to the next, where there are any. */
@@ -146,10 +146,11 @@ export async function benchCrowd(engine: LocalEngine, bench: CrowdBench, signal:
   if (rows > target.pool!.blocks * BLOCK_ROWS || context > contextLength)
     throw new UsageError(`these answers need ${rows} rows of KV cache and a context of ${context}; there are ${target.pool!.blocks * BLOCK_ROWS} and ${contextLength}`); // biome-ignore format: one line
   const tree = cudaDrafter(target.batch, always(PAPER)) as Drafter;
-  const decodings: Decoding[] = [{ name: "plain", drafter: engine.plain }];
-  const forcing = accept === undefined ? undefined : (i: number) => forced(accept, PAPER, 1 + i);
-  decodings.push({ name: "30/3/8", drafter: tree, accept: forcing });
-  if (accept !== undefined) decodings.push(chosen(engine, accept));
+  const decodings: Decoding[] = [
+    { name: "plain", drafter: engine.plain },
+    { name: "30/3/8", drafter: tree, accept: (i) => forced(accept, PAPER, 1 + i) },
+    chosen(engine, accept),
+  ];
   const long = longEvery ? `, and prompts of ${LONG.prompt} every ${longEvery} ms` : "";
   if (!json)
     console.log(`${target.model.cuda.name}, ${target.model.dtype}: answers of ${ANSWER} tokens after prompts of ${past}${long}; ${accept} drafts a cycle of 30/3/8 forced\n`); // biome-ignore format: one line
