@@ -64,8 +64,8 @@ struct Pass {
   int sequence, tokens, mostRows, heads, kvHeads, blockStride, capacity;
 
   __device__ Pass(int sequence, INPUTS)
-      : control(((const int4*)control)[divided ? 2 * sequence : sequence]),
-        span(divided ? ((const int2*)control)[4 * sequence + 2] : make_int2(sequence * tokens, tokens)),
+      : control(__ldcg((const int4*)control + (divided ? 2 * sequence : sequence))),
+        span(divided ? __ldcg((const int2*)control + 4 * sequence + 2) : make_int2(sequence * tokens, tokens)),
         qkv(qkv + (size_t)span.x * (heads + 2 * kvHeads) * HEAD), bias(bias), keys(keys), values(values),
         cos(cos + (size_t)this->control.w * angleStride), sin(sin + (size_t)this->control.w * angleStride),
         positions(positions + span.x), mask(mask + span.x * 4), table(tables + this->control.w * width),
@@ -74,7 +74,7 @@ struct Pass {
         capacity(width * BLOCK_ROWS) {}
 
   /** The block of a column below the capacity. */
-  __device__ int blockOf(int column) const { return table[column / BLOCK_ROWS]; }
+  __device__ int blockOf(int column) const { return __ldcg(table + column / BLOCK_ROWS); }
   /** Elements from `keys` or `values` to a KV head's row of a column that lies in `block`. */
   __device__ long long rowAt(int block, int kv, int column) const {
     return (long long)block * blockStride + (kv * BLOCK_ROWS + column % BLOCK_ROWS) * HEAD;
@@ -184,7 +184,7 @@ struct Bits {
   __device__ bool has(int j) const { return ((j < 64 ? low : high) >> (j & 63)) & 1; }
 };
 __device__ Bits bitsOf(const Pass& p, int token) {
-  const ulonglong2 raw = ((const ulonglong2*)p.mask)[token];
+  const ulonglong2 raw = __ldcg((const ulonglong2*)p.mask + token);
   return {raw.x, raw.y};
 }
 /** Columns that any token sees. */

@@ -50,7 +50,7 @@ struct Place {
   /** Of sequences of unequal numbers of tokens, 32 at most: their tiles follow each other. */
   __device__ Place(const int* control, int sequences, int group, int height) {
     const int lane = threadIdx.x % 32;
-    const int tiles = lane < sequences ? (((const int2*)control)[4 * lane + 2].y * group + height - 1) / height : 0;
+    const int tiles = lane < sequences ? (__ldcg((const int2*)control + 4 * lane + 2).y * group + height - 1) / height : 0;
     int end = tiles;
 #pragma unroll
     for (int far = 1; far < 32; far *= 2) {

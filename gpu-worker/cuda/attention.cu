@@ -83,11 +83,13 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
   constexpr int HEIGHT = 16 * RW, WIDTH = TILE / CW, THREADS = 32 * RW * CW;
   extern __shared__ __align__(16) value memory[];
   const int group = heads / kvHeads;
+  // The cache's columns come while the product before still runs (or is about to end): what it waited for is complete, and
+  // that is all that writes them, and what says where they are.
+  if (STORED) awaitInputs();
   const Place place = divided ? Place(control, divided, group, HEIGHT) : Place(tokens, group, HEIGHT);
   if (place.sequence < 0) return; // as all blocks of its cluster do
   const Pass p(place.sequence, GIVEN);
   if (SPLITS > 1) arrive();
-  const Queries<HEIGHT, THREADS> rawQueries(p, place.row0);
   const Share s(p, place.row0, HEIGHT, STORED);
   Blocks blocks[STAGES];
 #pragma unroll
@@ -106,6 +108,8 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
   }
   Blocks ahead = blocks[0]; // loaded a tile before it is needed, so that no copy waits for it
   Rows r(p, s, s.row0 + warp % RW * 16);
+  if (!STORED) awaitInputs();
+  const Queries<HEIGHT, THREADS> rawQueries(p, place.row0);
   value* queries = memory + (STAGES - 1) * STAGE;
   if (STORED) rawQueries.write(p, s, queries);
   else {
@@ -134,26 +138,31 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
   finish<RW, CW, SPLITS>(p, s, r, memory, (uint4*)(memory + STAGES * STAGE));
 }
 
-// tree<RW>x<splits>: blocks of few rows are two to a multiprocessor, the others one, with more warps and stages.
-#define TREE(cluster, rw, cw, stages, splits, blocks)                                                                \
-  extern "C" __global__ void cluster __launch_bounds__(32 * rw * cw, blocks) tree##rw##x##splits(INPUTS) {           \
-    awaitInputs();                                                                                                   \
+// tree<RW>x<splits>: blocks of few rows are two to a multiprocessor, the others one, with more warps and stages. Those of
+// few2x<splits>, for trees of up to 64 tokens, leave room and registers (as if they had 384 threads) for the product that
+// comes next, which fills its ring meanwhile (skinny-gemm.cu).
+#define TREE(name, cluster, rw, cw, stages, splits, blocks, threads)                                                 \
+  extern "C" __global__ void cluster __launch_bounds__(threads, blocks) name##rw##x##splits(INPUTS) {                \
+    letFollow();                                                                                                     \
     attend<rw, cw, stages, CLUSTERS ? splits : 1, false>(GIVEN);                                                     \
   }
-TREE(, 1, 4, 3, 1, 2)
-TREE(CLUSTER_OF(2), 1, 4, 3, 2, 2)
-TREE(CLUSTER_OF(4), 1, 4, 3, 4, 2)
-TREE(CLUSTER_OF(8), 1, 4, 3, 8, 2)
-TREE(, 2, 4, 4, 1, 1)
-TREE(CLUSTER_OF(2), 2, 4, 4, 2, 1)
-TREE(CLUSTER_OF(4), 2, 4, 4, 4, 1)
-TREE(CLUSTER_OF(8), 2, 4, 4, 8, 1)
-TREE(, 4, 2, 4, 1, 1)
-TREE(CLUSTER_OF(2), 4, 2, 4, 2, 1)
-TREE(CLUSTER_OF(4), 4, 2, 4, 4, 1)
-TREE(CLUSTER_OF(8), 4, 2, 4, 8, 1)
+TREE(tree, , 1, 4, 3, 1, 2, 128)
+TREE(tree, CLUSTER_OF(2), 1, 4, 3, 2, 2, 128)
+TREE(tree, CLUSTER_OF(4), 1, 4, 3, 4, 2, 128)
+TREE(tree, CLUSTER_OF(8), 1, 4, 3, 8, 2, 128)
+TREE(tree, , 2, 4, 4, 1, 1, 256)
+TREE(tree, CLUSTER_OF(2), 2, 4, 4, 2, 1, 256)
+TREE(tree, CLUSTER_OF(4), 2, 4, 4, 4, 1, 256)
+TREE(tree, CLUSTER_OF(8), 2, 4, 4, 8, 1, 256)
+TREE(few, , 2, 4, 3, 1, 1, 384)
+TREE(few, CLUSTER_OF(2), 2, 4, 3, 2, 1, 384)
+TREE(few, CLUSTER_OF(4), 2, 4, 3, 4, 1, 384)
+TREE(few, CLUSTER_OF(8), 2, 4, 3, 8, 1, 384)
+TREE(tree, , 4, 2, 4, 1, 1, 256)
+TREE(tree, CLUSTER_OF(2), 4, 2, 4, 2, 1, 256)
+TREE(tree, CLUSTER_OF(4), 4, 2, 4, 4, 1, 256)
+TREE(tree, CLUSTER_OF(8), 4, 2, 4, 8, 1, 256)
 
 extern "C" __global__ void __launch_bounds__(128, 2) prompt(INPUTS) {
-  awaitInputs();
   attend<4, 1, 3, 1, true>(GIVEN);
 }

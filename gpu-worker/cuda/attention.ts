@@ -19,6 +19,8 @@ const BLOCKS = {
   2: { across: 4, stages: 4, resident: 1 },
   4: { across: 2, stages: 4, resident: 1 },
 } as const;
+/** Blocks of 32 rows where the new columns lie in two tiles: they leave room for the product that comes next. */
+const FEW = { tokens: 64, across: 4, stages: 3 };
 const PROMPT = { across: 1, stages: 3 };
 /** Blocks of a cluster, where the GPU has clusters (Hopper); 8 is the most that every such GPU can hold. */
 const SPLITS = [8, 4, 2] as const;
@@ -115,10 +117,11 @@ function treeGrid(shape: AttentionShape, tokens: number, sequences: number, mult
     return { warps: Math.ceil(part(high)) < Math.ceil(part(low)) ? high : low, splits: 1 };
   };
   const { warps, splits }: Choice = all.find(fits) ?? (sequences === 1 ? all.at(-1)! : alone());
-  const { across, stages } = BLOCKS[warps];
+  const few = warps === 2 && tokens <= FEW.tokens;
+  const { across, stages } = few ? FEW : BLOCKS[warps];
   const inbox = 16 * warps * (Math.ceil(headSize / 32) * 64 + 8);
   return {
-    kernel: `tree${warps}x${splits}`,
+    kernel: `${few ? "few" : "tree"}${warps}x${splits}`,
     tiles: Math.ceil(rows / (16 * warps)),
     height: 16 * warps,
     resident: BLOCKS[warps].resident,
@@ -198,7 +201,8 @@ export class Attention {
     this.#shape = shape;
     this.#paging = paging;
     const module = moduleOf(cuda, shape);
-    const trees = Object.keys(BLOCKS).flatMap((warps) => [...SPLITS, 1].map((splits) => `tree${warps}x${splits}`));
+    const kinds = [...Object.keys(BLOCKS).map((warps) => `tree${warps}`), "few2"];
+    const trees = kinds.flatMap((kind) => [...SPLITS, 1].map((splits) => `${kind}x${splits}`));
     const names = dtype === "f32" ? ["attend"] : [...trees, "prompt", "combine"];
     for (const name of ["store", ...names]) this.#kernels.set(name, module.kernel(name));
     this.#clusters = Number(cuda.arch.slice("sm_".length)) >= 90;
@@ -211,9 +215,10 @@ export class Attention {
 
   /**
    * Queues the attention of one layer for `rows` tokens, of each sequence as many; or where they are divided, 32 sequences at
-   * most, up to `mostNodes`. Their keys and values go into the cache.
+   * most, up to `mostNodes`. Their keys and values go into the cache. Gives the bytes of shared memory of a block that
+   * other kernels' blocks may run beside, else 0.
    */
-  launch(pass: AttentionPass, rows: number, sequences: number, divided = false): void {
+  launch(pass: AttentionPass, rows: number, sequences: number, divided = false): number {
     const { dtype, heads, kvHeads, headSize } = this.#shape;
     const { tables, width, blockStride, angleStride } = this.#paging;
     const each = rows / sequences;
@@ -229,7 +234,7 @@ export class Attention {
     if (dtype === "f32") {
       store();
       kernel("attend").launch([heads, tokens, sequences], 128, 0, ...inputs);
-      return;
+      return 0;
     }
     const prompt = tokens > MAX_TREE;
     const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#cuda.multiprocessors);
@@ -238,8 +243,9 @@ export class Attention {
     const tiles = divided ? Math.ceil((rows * heads) / kvHeads / grid.height) + sequences - 1 : grid.tiles * sequences;
     const blocks = [kvHeads, grid.splits, tiles] as const;
     kernel(grid.kernel).launch(blocks, grid.threads, grid.shared, ...inputs);
-    if (grid.splits === 1 || (this.#clusters && !prompt)) return;
+    if (grid.splits === 1 || (this.#clusters && !prompt)) return prompt ? 0 : grid.shared;
     const chunks = tokens * heads * Math.ceil(headSize / 32) * 4;
     kernel("combine").launch([Math.ceil(chunks / 128), sequences, 1], 128, 0, ...inputs, grid.splits);
+    return 0;
   }
 }

@@ -28,6 +28,11 @@ __device__ __forceinline__ void awaitInputs() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ void letFollow() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 #line 1
 `;
 
@@ -135,11 +140,13 @@ export class Cuda {
   /**
    * Compiles a source that includes nothing, after PRELUDE; `name` is what errors call it. Where every kernel says
    * `awaitInputs();` before it reads or writes what others write, kernels start while those before run, if the GPU can
-   * (sm_90 and later).
+   * (sm_90 and later): when the blocks before have all ended, or said `letFollow();`.
    * @throws Error with the compiler's log.
    */
   compile(source: string, defines: Record<string, number>, name?: string): Module {
-    const cubin = cachedCubin(PRELUDE + source, defines, this.arch, { name, newest: this.#newest });
+    // What only Hopper has (its tensor cores' own instructions) is compiled for that architecture alone.
+    const arch = this.arch === "sm_90" ? "sm_90a" : this.arch;
+    const cubin = cachedCubin(PRELUDE + source, defines, arch, { name, newest: this.#newest });
     const early = source.includes("awaitInputs();") && Number(this.arch.slice(3)) >= 90;
     return new Module(get("cuModuleLoadData", cubin), this.stream, early);
   }

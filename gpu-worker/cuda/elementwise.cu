@@ -63,23 +63,9 @@ extern "C" __global__ void gatherRows(void* out, const void* table, const int* i
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// The second cache is asked for memory that the next kernel reads; each block asks for its share.
-__device__ __forceinline__ void fetchAhead(const char* from, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-  const u32 piece = 4096, blocks = gridDim.x * gridDim.y;
-  const unsigned long long i = blockIdx.x + gridDim.x * blockIdx.y + (unsigned long long)threadIdx.x * blocks;
-  if (i * piece >= bytes) return;
-  const u32 at = (u32)i * piece, size = min(piece, bytes - at);
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + at), "r"(size) : "memory");
-#endif
-}
-
 // out[r, i] = silu(x[r, i]) * x[r, inner + i]; blocks (rows, pieces of a row); eight values a thread where they are narrow.
-// Blocks behind the rows only ask for `next`.
-extern "C" __global__ void gatedSilu(void* out, const void* x, const char* next, int nextBytes, int rows, int inner,
-                                     int type) {
-  fetchAhead(next, nextBytes);
-  if ((int)blockIdx.x >= rows) return;
+extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int type) {
+  letFollow();
   awaitInputs();
   const long long row = blockIdx.x;
   const int i = blockIdx.y * blockDim.x + threadIdx.x;
@@ -105,6 +91,7 @@ extern "C" __global__ void gatedSilu(void* out, const void* x, const char* next,
 // out[r] = [table[ids[r]] ; hidden[hiddenRows[r]]], zeros where keep[r] is 0; blocks (rows, halves).
 extern "C" __global__ void pairRows(void* out, const void* keep, const void* table, const long long* ids,
                                     const void* hidden, const long long* hiddenRows, int width, int type) {
+  letFollow();
   awaitInputs();
   const long long bytes = (long long)width * (type == 0 ? 4 : 2);
   const bool kept = load(keep, blockIdx.x, type) != 0.0f;
@@ -132,6 +119,7 @@ __device__ __forceinline__ float blockSum(float x) {
 extern "C" __global__ void addRmsNorm(void* norm, void* sum, const void* x, const void* residual, const void* weight,
                                       int width, int type, float epsilon) {
   const bool pieces = type != 0 && width % 8 == 0 && width <= 8 * MOST * (int)blockDim.x;
+  letFollow();
   uint4 weights[MOST]; // nothing writes them, so that they need not be waited for
 #pragma unroll
   for (int j = 0; j < MOST; j++) {

@@ -22,16 +22,6 @@ const THREADS = 256;
 const BLOCKS = 2048;
 const TILE = 32;
 const BLOCK_ROWS = 64;
-/** Bytes of the next product's weights that SiLU asks for, while memory has nothing else to do, with so many blocks. */
-const AHEAD = 4 << 20;
-const ASKING = 64;
-
-/** Weights on the device. */
-export interface Weights {
-  pointer: bigint;
-  bytes: number;
-}
-
 /**
  * Rows of planes: [planes][count][rowBytes], or where a table is given (i32, on the device: the block of each 64 rows)
  * blocks of [planes][64][rowBytes], where `count` does not matter.
@@ -48,9 +38,9 @@ export interface Planes {
 }
 
 /** Their struct in elementwise.cu. */
-function argumentsOf({ base, rowBytes, planes, count, table, blockBytes }: Planes): bigint[] {
+function structOf({ base, rowBytes, planes, count, table, blockBytes }: Planes): BigUint64Array {
   const planeBytes = (table === undefined ? count : BLOCK_ROWS) * rowBytes;
-  return [base, table ?? 0n, BigInt(blockBytes ?? planes * planeBytes), BigInt(planeBytes)];
+  return BigUint64Array.of(base, table ?? 0n, BigInt(blockBytes ?? planes * planeBytes), BigInt(planeBytes));
 }
 
 /** Every method queues one kernel; pointers are device addresses. */
@@ -93,8 +83,8 @@ export class Elementwise {
       throw new Error(`rows of ${planes} times ${rowBytes} bytes to ${to.planes} times ${to.rowBytes}`);
     const wide = rowBytes % 16 === 0 && ((to.base | from.base) & 15n) === 0n;
     const grid = [Math.ceil((rows * rowBytes) / (wide ? 16 : 4) / THREADS), planes, 1] as const;
-    const [into, out] = [argumentsOf(to), argumentsOf(from)];
-    this.#kernels.copyRows.launch(grid, THREADS, 0, ...into, toAt, ...out, at, rows, rowBytes, wide ? 1 : 0);
+    const numbers = [at, rows, rowBytes, wide ? 1 : 0];
+    this.#kernels.copyRows.launch(grid, THREADS, 0, structOf(to), toAt, structOf(from), ...numbers);
   }
 
   /**
@@ -112,13 +102,10 @@ export class Elementwise {
     this.#kernels.pickAngles.launch(grid, THREADS, 0, to, table, positions, axes, ...numbers);
   }
 
-  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits; `next`: what is read then. */
-  gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float, next?: Weights): void {
+  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits. */
+  gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float): void {
     const threads = type === "f32" ? inner : inner / 8;
-    const pieces = Math.ceil(threads / THREADS);
-    const blocks = next ? Math.max(rows, Math.ceil(ASKING / pieces)) : rows;
-    const ahead = [next?.pointer ?? 0n, Math.min(next?.bytes ?? 0, AHEAD)];
-    this.#kernels.gatedSilu.launch([blocks, pieces, 1], THREADS, 0, out, x, ...ahead, rows, inner, TYPES[type]);
+    this.#kernels.gatedSilu.launch([rows, Math.ceil(threads / THREADS), 1], THREADS, 0, out, x, inner, TYPES[type]);
   }
 
   /** [table[ids] ; hidden[hiddenRows]] where keep is not 0, else zeros: [rows,2·width]; indices i64. */

@@ -30,20 +30,17 @@ export class Module {
   }
 }
 
-export type Argument = bigint | number | { float: number };
-
-/** CU_LAUNCH_PARAM_*: what says that parameters come as one buffer, not as a pointer to each. */
-const [END, BUFFER, BUFFER_SIZE] = [0n, 1n, 2n];
+export type Argument = bigint | number | BigUint64Array | { float: number };
 
 /** The structs of a launch, which copies them, so that one of each is enough for all kernels. */
 interface Launch {
-  /** The kernel's parameters, and their bytes. */
+  /** The kernel's parameters, and void*[MOST_PARAMETERS / 8]: where each is. */
+  memory: bigint;
   u64: BigUint64Array;
   i32: Int32Array;
   f32: Float32Array;
-  size: BigUint64Array;
-  /** void*[5]. */
-  extra: bigint;
+  places: bigint;
+  pointers: BigUint64Array;
   /** CUlaunchConfig: grid, block, shared memory, then stream and attributes from its bytes 32 on. */
   config: bigint;
   shape: Uint32Array;
@@ -56,20 +53,20 @@ const EARLY = 6;
 const ATTRIBUTE_BYTES = 72;
 
 function newLaunch(): Launch {
-  const bytes = [MOST_PARAMETERS, 40, 8, 56, ATTRIBUTE_BYTES];
+  const bytes = [MOST_PARAMETERS, MOST_PARAMETERS, 56, ATTRIBUTE_BYTES];
   const start = koffi.alloc("uint64", bytes.reduce((a, b) => a + b, 0) / 8) as bigint; // biome-ignore format: one line
-  const [memory, extra, size, config, attribute] = bytes.map((_, i) => start + BigInt(bytes.slice(0, i).reduce((a, b) => a + b, 0))); // biome-ignore format: one line
+  const [memory, places, config, attribute] = bytes.map((_, i) => start + BigInt(bytes.slice(0, i).reduce((a, b) => a + b, 0))); // biome-ignore format: one line
   const buffer = koffi.view(memory, MOST_PARAMETERS);
-  new BigUint64Array(koffi.view(extra, 40)).set([BUFFER, memory, BUFFER_SIZE, size, END]);
   new Uint32Array(koffi.view(attribute, ATTRIBUTE_BYTES)).set([EARLY, 0, 1]);
   const more = new BigUint64Array(koffi.view(config, 56), 32, 3);
   more[1] = attribute;
   return {
+    memory,
     u64: new BigUint64Array(buffer),
     i32: new Int32Array(buffer),
     f32: new Float32Array(buffer),
-    size: new BigUint64Array(koffi.view(size, 8)),
-    extra,
+    places,
+    pointers: new BigUint64Array(koffi.view(places, MOST_PARAMETERS)),
     config,
     shape: new Uint32Array(koffi.view(config, 28)),
     more,
@@ -91,9 +88,9 @@ export class Kernel {
   }
 
   /**
-   * Queues the kernel on blocks of `threads` threads with `shared` bytes of dynamic shared memory. The arguments are
-   * laid out as C does: a bigint takes 8 bytes (a pointer), a number is an int, {float} a float. Their number and
-   * kinds are not checked.
+   * Queues the kernel on blocks of `threads` threads with `shared` bytes of dynamic shared memory. Of the arguments a
+   * bigint is a pointer, a number an int, {float} a float, an array a struct of 8-byte fields. Their number and kinds are
+   * not checked.
    */
   launch(
     [x, y, z]: readonly [number, number, number],
@@ -107,20 +104,24 @@ export class Kernel {
       this.#shared = shared;
     }
     launch ??= newLaunch();
-    const { u64, i32, f32, size, extra, config, shape, more } = launch;
-    let at = 0; // in units of 4 bytes
-    for (const arg of args)
+    const { memory, u64, i32, f32, places, pointers, config, shape, more } = launch;
+    let [at, count] = [0, 0]; // in units of 4 bytes
+    for (const arg of args) {
+      if (typeof arg !== "number") at += at & 1;
+      pointers[count++] = memory + BigInt(4 * at);
       if (typeof arg === "bigint") {
-        at += at & 1;
         u64[at >> 1] = arg;
         at += 2;
       } else if (typeof arg === "number") i32[at++] = arg;
-      else f32[at++] = arg.float;
-    size[0] = BigInt(at * 4);
+      else if (arg instanceof BigUint64Array) {
+        u64.set(arg, at >> 1);
+        at += 2 * arg.length;
+      } else f32[at++] = arg.float;
+    }
     shape.set([x, y, z, threads, 1, 1, shared]);
     more[0] = this.#stream;
     more[2] = this.#early ? 1n : 0n;
-    const result = api.cuLaunchKernelEx(config, this.#handle, null, extra) as number;
+    const result = api.cuLaunchKernelEx(config, this.#handle, places, null) as number;
     if (result !== 0) fail(`kernel ${this.#name} on [${x}, ${y}, ${z}] x ${threads}`, result);
   }
 }

@@ -1,5 +1,5 @@
 /** The calls of the CUDA driver that this project makes, through koffi, and their errors. */
-import type koffi from "koffi";
+import koffi from "koffi";
 import { type Call, declare, load } from "./nvrtc.ts";
 
 // Handles and device pointers are void* to koffi, which gives bigints for these whatever their size.
@@ -36,6 +36,8 @@ const functions = {
   cuModuleLoadData: "int f(_Out_ void** module, void* image)",
   cuModuleGetFunction: "int f(_Out_ void** kernel, void* module, const char* name)",
   cuFuncSetAttribute: "int f(void* kernel, int attribute, int value)",
+  cuTensorMapEncodeTiled:
+    "int f(void* map, int type, uint rank, void* address, void* dims, void* strides, void* box, void* steps, int interleave, int swizzle, int promotion, int fill)",
   cuLaunchKernelEx: "int f(void* config, void* kernel, void* params, void* extra)",
 } as const;
 type Name = keyof typeof functions;
@@ -74,4 +76,46 @@ export function loadDriver(): void {
     api = declare(library, functions);
   }
   call("cuInit", 0); // also after one that failed; it does nothing after one that did not
+}
+
+/** Values of CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion. */
+const [U16, SWIZZLE_128, PROMOTE_256] = [1, 3, 3];
+const MAP_WORDS = 16;
+/** A map must be made at a multiple of so many bytes. */
+const MAP_ALIGNMENT = 64;
+let mapMemory: { at: bigint; words: BigUint64Array } | undefined;
+
+/**
+ * What tells the copy engine how a matrix of 16-bit values lies, [rows,columns], and which boxes of it are brought: in
+ * rows of 128 swizzled bytes, with zeros outside of the matrix.
+ */
+export function tensorMap(
+  address: bigint,
+  [columns, rows]: readonly [number, number],
+  [boxColumns, boxRows]: readonly [number, number],
+): BigUint64Array {
+  if (!mapMemory) {
+    const memory = koffi.alloc("uint64", 2 * MAP_WORDS) as bigint;
+    const at = memory + BigInt(MAP_ALIGNMENT) - (memory % BigInt(MAP_ALIGNMENT));
+    mapMemory = { at, words: new BigUint64Array(koffi.view(at, 8 * MAP_WORDS)) };
+  }
+  const dims = BigUint64Array.of(BigInt(columns), BigInt(rows));
+  const strides = BigUint64Array.of(BigInt(2 * columns));
+  const [box, steps] = [Uint32Array.of(boxColumns, boxRows), Uint32Array.of(1, 1)];
+  call(
+    "cuTensorMapEncodeTiled",
+    mapMemory.at,
+    U16,
+    2,
+    address,
+    dims,
+    strides,
+    box,
+    steps,
+    0,
+    SWIZZLE_128,
+    PROMOTE_256,
+    0,
+  );
+  return mapMemory.words.slice();
 }

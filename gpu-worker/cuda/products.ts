@@ -1,7 +1,11 @@
-/** Products with weight matrices by cuBLASLt, each by the algorithm that was the fastest when its shape first came. */
+/**
+ * Products with weight matrices: of few rows by a kernel of our own where the GPU has it (skinny-gemm.cu), else by cuBLASLt, each
+ * by the algorithm that was the fastest when its shape first came.
+ */
 import type { Cuda } from "./driver.ts";
-import type { Elementwise, Weights } from "./elementwise.ts";
+import type { Elementwise, Float } from "./elementwise.ts";
 import { type Call, declare, load, TOOLKIT } from "./nvrtc.ts";
+import { type ProductShape, SkinnyGemm } from "./skinny-gemm.ts";
 
 /** Values of cublasComputeType_t, cudaDataType_t and cublasLtMatmulPreferenceAttributes_t. */
 const COMPUTE_32F = 68;
@@ -22,8 +26,6 @@ const CANDIDATES = 24;
 const TRIALS = 9;
 /** Rows above which the library's own choice is taken: there products cost by their arithmetic, and shapes are many. */
 const SEARCHED_ROWS = 64;
-/** Rows above which a pass is not bound by reading weights. */
-const AHEAD_ROWS = 128;
 /** What another algorithm must gain over the library's own choice, in which noise is not. */
 const GAIN = 0.99;
 /** Read before each trial: more than any GPU's second cache holds, so that weights come from memory as in a pass. */
@@ -64,12 +66,6 @@ function make(name: keyof typeof functions, ...args: unknown[]): bigint {
   return out[0];
 }
 
-export interface ProductShape {
-  rows: number;
-  inner: number;
-  columns: number;
-}
-
 /** A shape's layouts of w, x and y, and its algorithm. */
 interface Plan {
   layouts: readonly [bigint, bigint, bigint];
@@ -81,8 +77,6 @@ export class Products {
   readonly #cuda: Cuda;
   readonly #elementwise: Elementwise;
   readonly #type: number;
-  /** Of an element. */
-  readonly #bytes: number;
   readonly #handle: bigint;
   readonly #desc: bigint;
   readonly #preference: bigint;
@@ -90,16 +84,16 @@ export class Products {
   readonly #one = Float32Array.of(1);
   readonly #zero = Float32Array.of(0);
   readonly #plans = new Map<string, Plan>();
-  /** The weights that a pass reads after those at an address, as it was the last time. */
-  readonly #after = new Map<bigint, Weights & { inner: number }>();
-  #last = 0n;
+  readonly #skinny: SkinnyGemm | undefined;
+  /** Bytes of shared memory of the kernel before, where the next product is to run beside it: the next launch takes them. */
+  beside = 0;
 
-  constructor(cuda: Cuda, elementwise: Elementwise, dtype: keyof typeof TYPES) {
+  constructor(cuda: Cuda, elementwise: Elementwise, dtype: Float) {
     loadCublasLt();
     this.#cuda = cuda;
     this.#elementwise = elementwise;
     this.#type = TYPES[dtype];
-    this.#bytes = dtype === "f32" ? 4 : 2;
+    this.#skinny = SkinnyGemm.for(cuda, dtype);
     this.#handle = make("cublasLtCreate");
     this.#desc = make("cublasLtMatmulDescCreate", COMPUTE_32F, TYPES.f32);
     this.#preference = make("cublasLtMatmulPreferenceCreate");
@@ -116,20 +110,17 @@ export class Products {
    * for them: it can't be captured.
    */
   launch(y: bigint, x: bigint, w: bigint, shape: ProductShape): void {
+    const { beside } = this;
+    this.beside = 0;
+    if (this.#skinny?.takes(shape)) {
+      this.#skinny.launch(y, x, w, shape, beside);
+      return;
+    }
     const key = `${shape.rows} ${shape.inner} ${shape.columns}`;
     const plan = this.#plans.get(key) ?? this.#choose([y, x, w], shape);
     this.#plans.set(key, plan);
     const result = this.#run([y, x, w], plan);
     if (result !== 0) throw new Error(`cuBLASLt: a product of shape ${key}: status ${result}`);
-    const { inner, columns } = shape;
-    this.#after.set(this.#last, { pointer: w, bytes: inner * columns * this.#bytes, inner });
-    this.#last = w;
-  }
-
-  /** The weights that the next product reads, if it is one of so many rows and inner numbers: where to fetch ahead is worth it. */
-  next(rows: number, inner: number): Weights | undefined {
-    const next = this.#after.get(this.#last);
-    return rows <= AHEAD_ROWS && next?.inner === inner ? next : undefined;
   }
 
   #run([y, x, w]: readonly bigint[], { layouts, algorithm }: Plan): unknown {

@@ -115,6 +115,7 @@ __device__ void loadSlice(const element *row, int begin, int end, bool aligned, 
  */
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
 candidates(const element *logits, unsigned *keys, int *indices, float *sums, int V, int slice, int k) {
+  letFollow();
   awaitInputs();
   __shared__ u64 groups[32];
   __shared__ u64 found[MAX_K * THREADS / 32 * HELD];
@@ -177,6 +178,7 @@ candidates(const element *logits, unsigned *keys, int *indices, float *sums, int
 
 /** One warp: the largest of each row over its slices' lists of one: out [rows]. */
 extern "C" __global__ void argmax(const unsigned *keys, const int *indices, int *out, int slices) {
+  letFollow();
   awaitInputs();
   const int lane = threadIdx.x;
   unsigned key = lane < slices ? keys[(size_t)blockIdx.x * slices + lane] : 0;
@@ -218,6 +220,7 @@ extern "C" __global__ void __launch_bounds__(32 * (MAX_K + 1))
 grow(const Cycle *cycles, const long long *last, const unsigned *keys, const int *indices, const float *sums,
      const int *map, Seen *allSeen, long long *ids, long long *hiddenRows, int *positions, int4 *masks, int4 *control,
      int slices, int k, int level, int isLast) {
+  letFollow();
   awaitInputs();
   __shared__ uint2 held[MAX_K][MAX_SLICES * MAX_K];
   __shared__ float logProbs[MAX_K * MAX_K];
@@ -282,6 +285,7 @@ grow(const Cycle *cycles, const long long *last, const unsigned *keys, const int
  */
 extern "C" __global__ void __launch_bounds__(1024)
 rank(const Seen *allSeen, u64 *keys, int *nodes, int count, int most) {
+  letFollow();
   awaitInputs();
   __shared__ u64 order[MAX_SEEN];
   __shared__ int ranks[MAX_SEEN];
@@ -350,6 +354,7 @@ extern "C" __global__ void __launch_bounds__(1024)
 finish(const Cycle *cycles, const Seen *allSeen, const u64 *keys, const int *ranked, long long *ids, int *positions,
        int4 *masks, int4 *control, int *tokens, int *parents, int *depths, float *scores, int2 *spans, int nodes,
        int count, int most, int divided) {
+  letFollow();
   awaitInputs();
   extern __shared__ u64 lists[];
   __shared__ int above[MAX_SEEN], places[MAX_SEEN];

@@ -114,13 +114,13 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const cache = new PagedCache(runtime, blocks, language, dtype, "each");
   const draftCache = drafting && new PagedCache(runtime, blocks, { ...drafting.config, layers: 1 }, dtype, "shared");
   const products = new Products(cuda, elementwise, dtype);
-  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging), linearOp(products, dtype)];
-  ops.push(gatedSiluOp(elementwise, dtype, products), addRmsNormOp(elementwise, dtype, language.epsilon));
+  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging, products), linearOp(products, dtype)];
+  ops.push(gatedSiluOp(elementwise, dtype), addRmsNormOp(elementwise, dtype, language.epsilon));
   const cycleOptions = { ...graphOptions, searched: true };
   if (drafting) {
     const { epsilon, hidden } = drafting.config;
     ops.push(pairRowsOp(elementwise, dtype, hidden));
-    ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, draftCache!.paging));
+    ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, draftCache!.paging, products));
     if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, dtype, epsilon));
   }
   runtime.addCustomOps(CUSTOM_DOMAIN, ops);

@@ -14,6 +14,7 @@ export function attentionOp(
   { heads, kvHeads, headSize }: DecoderLayerConfig,
   dtype: Float,
   paging: Paging,
+  products: Products,
 ): CustomOp {
   const attention = new Attention(cuda, { dtype, heads, kvHeads, headSize }, paging);
   const float = DTYPES[dtype].onnx;
@@ -26,18 +27,17 @@ export function attentionOp(
     compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], { rows, dims }) {
       const [sequences, words] = dims(8);
       const memory = { qkv, bias, key, value, cos, sin, positions, mask, control, out };
-      attention.launch(memory, rows, sequences, words === 8);
+      products.beside = attention.launch(memory, rows, sequences, words === 8);
     },
   };
 }
 
-export function gatedSiluOp(elementwise: Elementwise, dtype: Float, products: Products): CustomOp {
+export function gatedSiluOp(elementwise: Elementwise, dtype: Float): CustomOp {
   return {
     name: "GatedSilu",
     inputs: [DTYPES[dtype].onnx],
     columns: (columns) => columns / 2,
-    compute: ([x], [out], { rows, columns }) =>
-      elementwise.gatedSilu(out, x, rows, columns / 2, dtype, products.next(rows, columns / 2)),
+    compute: ([x], [out], { rows, columns }) => elementwise.gatedSilu(out, x, rows, columns / 2, dtype),
   };
 }
 
