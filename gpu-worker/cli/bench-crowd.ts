@@ -111,7 +111,9 @@ async function longPrompts(target: CudaTarget, drafter: Drafter, every: number, 
   const under: Promise<unknown>[] = [];
   await sleep(LONG.after, undefined, { signal }).catch(() => {});
   while (!signal.aborted) {
-    const one = answer(target, drafter, { tokens: LONG.prompt, of: 0 }, LONG.answer, signal, began);
+    const one = answer(target, drafter, { tokens: LONG.prompt, of: 0 }, LONG.answer, signal, began).catch((error) => {
+      if (error !== signal.reason) throw error; // the others are over before it is: no mistake
+    });
     one.catch(() => {}); // it is told below
     under.push(one);
     await sleep(every, undefined, { signal }).catch(() => {});
