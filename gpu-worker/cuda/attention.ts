@@ -20,7 +20,7 @@ const BLOCKS = {
   4: { across: 2, stages: 4, resident: 1 },
 } as const;
 /** Blocks of 32 rows where the new columns lie in two tiles: they leave room for the product that comes next. */
-const FEW = { tokens: 64, across: 4, stages: 3 };
+const FEW = { most: 64, across: 4, stages: 3 };
 const PROMPT = { across: 1, stages: 3 };
 /** Blocks of a cluster, where the GPU has clusters (Hopper); 8 is the most that every such GPU can hold. */
 const SPLITS = [8, 4, 2] as const;
@@ -98,11 +98,17 @@ interface Grid {
 const PLACED = 0.85;
 
 /**
- * As many splits as the GPU holds at once, then the smallest blocks; where several sequences leave no room for two
- * splits, one, in the blocks that the GPU is through with in the fewest turns. Never depends on how many columns there
- * are, which a captured launch can't know.
+ * Of trees of so many tokens on average, `most` at most: as many splits as the GPU holds at once, then the smallest blocks;
+ * where several sequences leave no room for two splits, one, in the blocks that the GPU is through with in the fewest
+ * turns. Never depends on how many columns there are, which a captured launch can't know.
  */
-function treeGrid(shape: AttentionShape, tokens: number, sequences: number, multiprocessors: number): Grid {
+function treeGrid(
+  shape: AttentionShape,
+  tokens: number,
+  sequences: number,
+  multiprocessors: number,
+  most = tokens,
+): Grid {
   const { heads, kvHeads, headSize } = shape;
   const rows = (tokens * heads) / kvHeads;
   const heights = rows <= 16 ? ([1] as const) : ([2, 4] as const);
@@ -117,7 +123,7 @@ function treeGrid(shape: AttentionShape, tokens: number, sequences: number, mult
     return { warps: Math.ceil(part(high)) < Math.ceil(part(low)) ? high : low, splits: 1 };
   };
   const { warps, splits }: Choice = all.find(fits) ?? (sequences === 1 ? all.at(-1)! : alone());
-  const few = warps === 2 && tokens <= FEW.tokens;
+  const few = warps === 2 && most <= FEW.most;
   const { across, stages } = few ? FEW : BLOCKS[warps];
   const inbox = 16 * warps * (Math.ceil(headSize / 32) * 64 + 8);
   return {
@@ -237,7 +243,7 @@ export class Attention {
       return 0;
     }
     const prompt = tokens > MAX_TREE;
-    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#cuda.multiprocessors);
+    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#cuda.multiprocessors, tokens);
     if (prompt) store();
     // The last tile of each sequence may have few rows.
     const tiles = divided ? Math.ceil((rows * heads) / kvHeads / grid.height) + sequences - 1 : grid.tiles * sequences;
