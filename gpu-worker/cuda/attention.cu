@@ -146,22 +146,15 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
     letFollow();                                                                                                     \
     attend<rw, cw, stages, CLUSTERS ? splits : 1, false>(GIVEN);                                                     \
   }
-TREE(tree, , 1, 4, 3, 1, 2, 128)
-TREE(tree, CLUSTER_OF(2), 1, 4, 3, 2, 2, 128)
-TREE(tree, CLUSTER_OF(4), 1, 4, 3, 4, 2, 128)
-TREE(tree, CLUSTER_OF(8), 1, 4, 3, 8, 2, 128)
-TREE(tree, , 2, 4, 4, 1, 1, 256)
-TREE(tree, CLUSTER_OF(2), 2, 4, 4, 2, 1, 256)
-TREE(tree, CLUSTER_OF(4), 2, 4, 4, 4, 1, 256)
-TREE(tree, CLUSTER_OF(8), 2, 4, 4, 8, 1, 256)
-TREE(few, , 2, 4, 3, 1, 1, 384)
-TREE(few, CLUSTER_OF(2), 2, 4, 3, 2, 1, 384)
-TREE(few, CLUSTER_OF(4), 2, 4, 3, 4, 1, 384)
-TREE(few, CLUSTER_OF(8), 2, 4, 3, 8, 1, 384)
-TREE(tree, , 4, 2, 4, 1, 1, 256)
-TREE(tree, CLUSTER_OF(2), 4, 2, 4, 2, 1, 256)
-TREE(tree, CLUSTER_OF(4), 4, 2, 4, 4, 1, 256)
-TREE(tree, CLUSTER_OF(8), 4, 2, 4, 8, 1, 256)
+#define TREES(name, rw, cw, stages, blocks, threads)                                                                  \
+  TREE(name, , rw, cw, stages, 1, blocks, threads)                                                                   \
+  TREE(name, CLUSTER_OF(2), rw, cw, stages, 2, blocks, threads)                                                      \
+  TREE(name, CLUSTER_OF(4), rw, cw, stages, 4, blocks, threads)                                                      \
+  TREE(name, CLUSTER_OF(8), rw, cw, stages, 8, blocks, threads)
+TREES(tree, 1, 4, 3, 2, 128)
+TREES(tree, 2, 4, 4, 1, 256)
+TREES(few, 2, 4, 3, 1, 384)
+TREES(tree, 4, 2, 4, 1, 256)
 
 extern "C" __global__ void __launch_bounds__(128, 2) prompt(INPUTS) {
   attend<4, 1, 3, 1, true>(GIVEN);
