@@ -138,7 +138,9 @@ describe("broken off", () => {
     expectSame(out, MODEL);
     const [prefix, header, ...rest] = rangesOf(server, join(MODEL, "model.safetensors"));
     expect([prefix, header]).toEqual(["bytes=0-7", expect.stringMatching(/^bytes=8-\d{1,5}$/)]);
-    expect(rest).toEqual([`bytes=${size}-${statSync(join(MODEL, "model.safetensors")).size - 1}`]);
+    const whole = statSync(join(MODEL, "model.safetensors")).size;
+    // On a slow machine all of it may have come while the second command ran: nothing is asked for then.
+    expect(rest).toEqual(size < whole ? [`bytes=${size}-${whole - 1}`] : []);
   });
 
   test("by Ctrl-C while it converts from a hub, it neither fetches nor converts again what is done", async () => {
