@@ -148,13 +148,13 @@ template <int RW, int CW> __device__ void gatherWarps(Rows& r, float4* shared) {
 
 /**
  * Joins the warps' sums, and the blocks' in a cluster; writes the output, or a part for `combine`. `memory` is free; to
- * `inbox` other blocks of the cluster (of SPLITS) send parts [16 RW / SPLITS,SPLITS,CHUNKS] and their sums.
+ * `inbox` other blocks of the cluster (of SPLITS) send parts [OWN,SPLITS,CHUNKS] and their sums.
  */
 template <int RW, int CW, int SPLITS>
 __device__ void finish(const Pass& p, const Share& s, Rows& r, value* memory, uint4* inbox) {
-  constexpr int THREADS = 32 * RW * CW, OWN = 16 * RW / SPLITS;
+  constexpr int THREADS = 32 * RW * CW, OWN = (16 * RW + SPLITS - 1) / SPLITS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float2 sums[2], *inboxSums = (float2*)(inbox + 16 * RW * CHUNKS);
+  float2 sums[2], *inboxSums = (float2*)(inbox + OWN * SPLITS * CHUNKS);
   float4* shared = (float4*)memory;
   average<RW, CW>(r, (float2*)(shared + THREADS * (HEAD / 8)), sums);
   if (CW > 1) gatherWarps<RW, CW>(r, shared);
@@ -188,7 +188,7 @@ __device__ void finish(const Pass& p, const Share& s, Rows& r, value* memory, ui
   arrive();
   awaitCluster();
   for (int i = threadIdx.x; i < OWN * CHUNKS; i += THREADS) {
-    const int mine = i / CHUNKS * SPLITS, row = s.row0 + s.split * OWN + i / CHUNKS;
-    if (row < s.rows) join(inbox + mine * CHUNKS, inboxSums + mine, SPLITS, i % CHUNKS, outputRow(p, s.kv, row));
+    const int mine = i / CHUNKS * SPLITS, local = s.split * OWN + i / CHUNKS, row = s.row0 + local;
+    if (local < 16 * RW && row < s.rows) join(inbox + mine * CHUNKS, inboxSums + mine, SPLITS, i % CHUNKS, outputRow(p, s.kv, row));
   }
 }

@@ -149,7 +149,9 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
 #define TREES(name, rw, cw, stages, blocks, threads)                                                                  \
   TREE(name, , rw, cw, stages, 1, blocks, threads)                                                                   \
   TREE(name, CLUSTER_OF(2), rw, cw, stages, 2, blocks, threads)                                                      \
+  TREE(name, CLUSTER_OF(3), rw, cw, stages, 3, blocks, threads)                                                      \
   TREE(name, CLUSTER_OF(4), rw, cw, stages, 4, blocks, threads)                                                      \
+  TREE(name, CLUSTER_OF(6), rw, cw, stages, 6, blocks, threads)                                                      \
   TREE(name, CLUSTER_OF(8), rw, cw, stages, 8, blocks, threads)
 TREES(tree, 1, 4, 3, 2, 128)
 TREES(tree, 2, 4, 4, 1, 256)

@@ -22,8 +22,9 @@ const BLOCKS = {
 /** Blocks of 32 rows where the new columns lie in two tiles: they leave room for the product that comes next. */
 const FEW = { most: 64, across: 4, stages: 3 };
 const PROMPT = { across: 1, stages: 3 };
+const ENOUGH = 4;
 /** Blocks of a cluster, where the GPU has clusters (Hopper); 8 is the most that every such GPU can hold. */
-const SPLITS = [8, 4, 2] as const;
+const SPLITS = [8, 6, 4, 3, 2] as const;
 
 export interface AttentionShape {
   dtype: "f16" | "bf16" | "f32";
@@ -91,65 +92,64 @@ interface Grid {
   shared: number;
 }
 
-/**
- * Clusters of more than two find no place on some multiprocessors: with more blocks than this part of them (measured on
- * an H100) some wait for others to end.
- */
-const PLACED = 0.85;
+/** What a GPU holds at once. */
+export interface Gpu {
+  multiprocessors: number;
+  /** Clusters of so many blocks, `resident` blocks to a multiprocessor: they must lie in one part of the GPU, so that some places stay empty. */
+  clusters(grid: { kernel: string; splits: number; resident: number; threads: number; shared: number }): number;
+}
 
 /**
- * Of trees of so many tokens on average, `most` at most: as many splits as the GPU holds at once, then the smallest blocks;
- * where several sequences leave no room for two splits, one, in the blocks that the GPU is through with in the fewest
+ * Of trees of so many tokens on average, `most` at most: as many splits as the GPU holds at once, of the smallest blocks
+ * that have ENOUGH, else of those that have more; where several sequences leave no room for two splits, one, in the blocks that the GPU is through with in the fewest
  * turns. Never depends on how many columns there are, which a captured launch can't know.
  */
-function treeGrid(
-  shape: AttentionShape,
-  tokens: number,
-  sequences: number,
-  multiprocessors: number,
-  most = tokens,
-): Grid {
+function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu: Gpu, most = tokens): Grid {
   const { heads, kvHeads, headSize } = shape;
   const rows = (tokens * heads) / kvHeads;
   const heights = rows <= 16 ? ([1] as const) : ([2, 4] as const);
-  const all = SPLITS.flatMap((splits) => heights.map((warps) => ({ warps, splits })));
-  type Choice = { warps: keyof typeof BLOCKS; splits: number };
-  /** The part of the GPU that all blocks of one split take. */
-  const part = (warps: Choice["warps"]) =>
-    (Math.ceil(rows / (16 * warps)) * kvHeads * sequences) / (BLOCKS[warps].resident * multiprocessors);
-  const fits = ({ warps, splits }: Choice) => part(warps) * splits <= (splits > 2 ? PLACED : 1);
-  const alone = (): Choice => {
-    const [low, high = low] = heights;
-    return { warps: Math.ceil(part(high)) < Math.ceil(part(low)) ? high : low, splits: 1 };
+  const grid = (warps: keyof typeof BLOCKS, splits: number): Grid => {
+    const few = warps === 2 && most <= FEW.most;
+    const { across, stages } = few ? FEW : BLOCKS[warps];
+    const parts = Math.ceil((16 * warps) / splits) * splits;
+    return {
+      kernel: `${few ? "few" : "tree"}${warps}x${splits}`,
+      tiles: Math.ceil(rows / (16 * warps)),
+      height: 16 * warps,
+      resident: BLOCKS[warps].resident,
+      splits,
+      threads: 32 * warps * across,
+      shared: stageBytes(headSize) * stages + parts * (Math.ceil(headSize / 32) * 64 + 8),
+    };
   };
-  const { warps, splits }: Choice = all.find(fits) ?? (sequences === 1 ? all.at(-1)! : alone());
-  const few = warps === 2 && most <= FEW.most;
-  const { across, stages } = few ? FEW : BLOCKS[warps];
-  const inbox = 16 * warps * (Math.ceil(headSize / 32) * 64 + 8);
-  return {
-    kernel: `${few ? "few" : "tree"}${warps}x${splits}`,
-    tiles: Math.ceil(rows / (16 * warps)),
-    height: 16 * warps,
-    resident: BLOCKS[warps].resident,
-    splits,
-    threads: 32 * warps * across,
-    shared: stageBytes(headSize) * stages + inbox,
-  };
+  /** Turns of the GPU that all blocks take. */
+  const turns = (g: Grid) => (g.tiles * kvHeads * sequences) / gpu.clusters(g);
+  const fits = heights.flatMap((warps) => {
+    const splits = SPLITS.find((n) => turns(grid(warps, n)) <= 1);
+    return splits ? [grid(warps, splits)] : [];
+  });
+  // More splits gain little from there on (measured on an H100), and smaller blocks leave room for what comes next.
+  const enough = fits.find((g) => g.splits >= ENOUGH) ?? fits.sort((a, b) => b.splits - a.splits)[0];
+  if (enough) return enough;
+  const [low, high = low] = heights;
+  if (sequences === 1) return grid(high, SPLITS.at(-1)!);
+  const [small, large] = [grid(low, 1), grid(high, 1)];
+  return Math.ceil(turns(large)) < Math.ceil(turns(small)) ? large : small;
 }
 
 /**
  * Whether sequences may have unequal numbers of tokens, `each` on average, without more turns of the GPU: a sequence's last
  * tile is half full then, on average.
  */
-export function dividesWell(shape: AttentionShape, each: number, sequences: number, multiprocessors: number): boolean {
-  const { height, splits, resident } = treeGrid(shape, each, sequences, multiprocessors);
+export function dividesWell(shape: AttentionShape, each: number, sequences: number, gpu: Gpu): boolean {
+  const { height, splits, resident } = treeGrid(shape, each, sequences, gpu);
   const rows = (each * shape.heads) / shape.kvHeads;
   const turns = (tiles: number) =>
-    Math.ceil((tiles * shape.kvHeads * sequences * splits) / (resident * multiprocessors));
+    Math.ceil((tiles * shape.kvHeads * sequences * splits) / (resident * gpu.multiprocessors));
   return turns(Math.max(1, rows / height + 0.5)) <= turns(Math.ceil(rows / height));
 }
 
-function promptGrid(shape: AttentionShape, tokens: number, sequences: number, multiprocessors: number): Grid {
+function promptGrid(shape: AttentionShape, tokens: number, sequences: number, { multiprocessors }: Gpu): Grid {
   const { heads, kvHeads, headSize } = shape;
   const tiles = Math.ceil((tokens * heads) / kvHeads / 64);
   const held = Math.floor((2 * multiprocessors) / (tiles * kvHeads * sequences));
@@ -185,13 +185,31 @@ function moduleOf(cuda: Cuda, { dtype, headSize }: AttentionShape): Module {
   return module;
 }
 
+/** The GPU as kernels for a dtype and head size are held by it. */
+export function gpuOf(cuda: Cuda, shape: AttentionShape): Gpu {
+  const { multiprocessors } = cuda;
+  const known = new Map<string, number>();
+  return {
+    multiprocessors,
+    clusters({ kernel, splits, resident, threads, shared }) {
+      const all = Math.floor((resident * multiprocessors) / splits);
+      if (splits === 1 || shape.dtype === "f32" || !clustered(cuda)) return all;
+      const count = known.get(kernel) ?? moduleOf(cuda, shape).kernel(kernel).mostClusters(splits, threads, shared);
+      known.set(kernel, count);
+      return Math.min(all, count);
+    },
+  };
+}
+
+const clustered = (cuda: Cuda) => Number(cuda.arch.slice("sm_".length)) >= 90;
+
 /** Attention of one decoder. Its scratch memory serves one launch at a time, as one stream gives. */
 export class Attention {
   readonly #cuda: Cuda;
   readonly #shape: AttentionShape;
   readonly #paging: Paging;
   readonly #kernels = new Map<string, Kernel>();
-  readonly #clusters: boolean;
+  readonly #gpu: Gpu;
   readonly #scratch: bigint;
   readonly #partialBytes: number;
 
@@ -211,7 +229,7 @@ export class Attention {
     const trees = kinds.flatMap((kind) => [...SPLITS, 1].map((splits) => `${kind}x${splits}`));
     const names = dtype === "f32" ? ["attend"] : [...trees, "prompt", "combine"];
     for (const name of ["store", ...names]) this.#kernels.set(name, module.kernel(name));
-    this.#clusters = Number(cuda.arch.slice("sm_".length)) >= 90;
+    this.#gpu = gpuOf(cuda, shape);
     // What splits leave for `combine`: blocks fill the GPU at most once, with 64 rows, however many sequences there are,
     // or the rows of one tree are cut in two; twice that, since divided ones have places for twice their rows.
     const parts = 2 * Math.max(2 * cuda.multiprocessors * 64, 2 * MAX_TREE * heads);
@@ -243,13 +261,13 @@ export class Attention {
       return 0;
     }
     const prompt = tokens > MAX_TREE;
-    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#cuda.multiprocessors, tokens);
+    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#gpu, tokens);
     if (prompt) store();
     // The last tile of each sequence may have few rows.
     const tiles = divided ? Math.ceil((rows * heads) / kvHeads / grid.height) + sequences - 1 : grid.tiles * sequences;
     const blocks = [kvHeads, grid.splits, tiles] as const;
     kernel(grid.kernel).launch(blocks, grid.threads, grid.shared, ...inputs);
-    if (grid.splits === 1 || (this.#clusters && !prompt)) return prompt ? 0 : grid.shared;
+    if (grid.splits === 1 || (clustered(this.#cuda) && !prompt)) return prompt ? 0 : grid.shared;
     const chunks = tokens * heads * Math.ceil(headSize / 32) * 4;
     kernel("combine").launch([Math.ceil(chunks / 128), sequences, 1], 128, 0, ...inputs, grid.splits);
     return 0;

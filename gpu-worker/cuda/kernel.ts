@@ -87,6 +87,25 @@ export class Kernel {
     this.#early = early;
   }
 
+  #allow(shared: number): void {
+    if (shared <= this.#shared) return;
+    const result = api.cuFuncSetAttribute(this.#handle, MAX_DYNAMIC_SHARED, shared) as number;
+    if (result !== 0) fail(`${shared} bytes of shared memory for kernel ${this.#name}`, result);
+    this.#shared = shared;
+  }
+
+  /** How many of its clusters, of blocks (1, `blocks`, 1) as the kernel says, the GPU holds at once. */
+  mostClusters(blocks: number, threads: number, shared: number): number {
+    this.#allow(shared);
+    launch ??= newLaunch();
+    launch.shape.set([1, blocks, 1, threads, 1, 1, shared]);
+    launch.more.set([this.#stream, launch.more[1], 0n]);
+    const out: [number] = [0];
+    const result = api.cuOccupancyMaxActiveClusters(out, this.#handle, launch.config) as number;
+    if (result !== 0) fail(`clusters of kernel ${this.#name}`, result);
+    return out[0];
+  }
+
   /**
    * Queues the kernel on blocks of `threads` threads with `shared` bytes of dynamic shared memory. Of the arguments a
    * bigint is a pointer, a number an int, {float} a float, an array a struct of 8-byte fields. Their number and kinds are
@@ -98,11 +117,7 @@ export class Kernel {
     shared: number,
     ...args: readonly Argument[]
   ): void {
-    if (shared > this.#shared) {
-      const result = api.cuFuncSetAttribute(this.#handle, MAX_DYNAMIC_SHARED, shared) as number;
-      if (result !== 0) fail(`${shared} bytes of shared memory for kernel ${this.#name}`, result);
-      this.#shared = shared;
-    }
+    this.#allow(shared);
     launch ??= newLaunch();
     const { memory, u64, i32, f32, places, pointers, config, shape, more } = launch;
     let [at, count] = [0, 0]; // in units of 4 bytes

@@ -36,6 +36,7 @@ const functions = {
   cuModuleLoadData: "int f(_Out_ void** module, void* image)",
   cuModuleGetFunction: "int f(_Out_ void** kernel, void* module, const char* name)",
   cuFuncSetAttribute: "int f(void* kernel, int attribute, int value)",
+  cuOccupancyMaxActiveClusters: "int f(_Out_ int* clusters, void* kernel, void* config)",
   cuTensorMapEncodeTiled:
     "int f(void* map, int type, uint rank, void* address, void* dims, void* strides, void* box, void* steps, int interleave, int swizzle, int promotion, int fill)",
   cuLaunchKernelEx: "int f(void* config, void* kernel, void* params, void* extra)",

@@ -5,7 +5,7 @@
 import type { Cuda } from "./driver.ts";
 import type { Elementwise, Float } from "./elementwise.ts";
 import { type Call, declare, load, TOOLKIT } from "./nvrtc.ts";
-import { type ProductShape, SkinnyGemm } from "./skinny-gemm.ts";
+import { type ByteMatrix, type ProductShape, SkinnyGemm } from "./skinny-gemm.ts";
 
 /** Values of cublasComputeType_t, cudaDataType_t and cublasLtMatmulPreferenceAttributes_t. */
 const COMPUTE_32F = 68;
@@ -85,6 +85,8 @@ export class Products {
   readonly #zero = Float32Array.of(0);
   readonly #plans = new Map<string, Plan>();
   readonly #skinny: SkinnyGemm | undefined;
+  /** What was rounded, by where the matrix is. */
+  readonly #rounded = new Map<bigint, ByteMatrix>();
   /** Bytes of shared memory of the kernel before, where the next product is to run beside it: the next launch takes them. */
   beside = 0;
 
@@ -107,13 +109,14 @@ export class Products {
 
   /**
    * Queues y [rows,columns] = x [rows,inner] · w [inner,columns]. The first launch of a shape tries algorithms, and waits
-   * for them: it can't be captured.
+   * for them: it can't be captured. `roughly`: few rows may be multiplied by w rounded to bytes, which the first launch of w
+   * makes.
    */
-  launch(y: bigint, x: bigint, w: bigint, shape: ProductShape): void {
+  launch(y: bigint, x: bigint, w: bigint, shape: ProductShape, roughly = false): void {
     const { beside } = this;
     this.beside = 0;
     if (this.#skinny?.takes(shape)) {
-      this.#skinny.launch(y, x, w, shape, beside);
+      this.#skinny.launch(y, x, roughly ? this.#roundedOf(w, shape) : w, shape, beside);
       return;
     }
     const key = `${shape.rows} ${shape.inner} ${shape.columns}`;
@@ -121,6 +124,12 @@ export class Products {
     this.#plans.set(key, plan);
     const result = this.#run([y, x, w], plan);
     if (result !== 0) throw new Error(`cuBLASLt: a product of shape ${key}: status ${result}`);
+  }
+
+  #roundedOf(w: bigint, shape: ProductShape): ByteMatrix {
+    const known = this.#rounded.get(w) ?? this.#skinny!.quantize(w, shape);
+    this.#rounded.set(w, known);
+    return known;
   }
 
   #run([y, x, w]: readonly bigint[], { layouts, algorithm }: Plan): unknown {

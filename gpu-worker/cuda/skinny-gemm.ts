@@ -1,19 +1,19 @@
-/** Products of few rows with a weight matrix on Hopper, by the kernels of skinny-gemm.cu. */
+/** Products of few rows with a weight matrix on Hopper, by the kernels of skinny-weights.cu and skinny-gemm.cu. */
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Cuda } from "./driver.ts";
 import type { Kernel } from "./kernel.ts";
 import { tensorMap } from "./libcuda.ts";
 
-// As in skinny-gemm.cu.
+// As in skinny-weights.cu.
 const COLUMNS = 128;
 const DEPTH = 64;
 const THREADS = 256 + 64;
 const BOX_COLUMNS = 64;
 const ROW_BYTES = 2 * DEPTH;
 
-/** Most rows of each kernel, and units in its ring. */
-const STAGES = { 8: 8, 16: 8, 32: 7, 64: 6 } as const;
+/** Units in the ring of the kernel for so many rows at most, of weights of so many bytes. */
+const STAGES = { 2: { 8: 8, 16: 8, 32: 7, 64: 6 }, 1: { 8: 16, 16: 16, 32: 14, 64: 12 } } as const;
 const HEIGHTS = [8, 16, 32, 64] as const;
 type Height = (typeof HEIGHTS)[number];
 /** Bytes of shared memory that two blocks share on a multiprocessor, besides what each takes that asks for none. */
@@ -29,12 +29,20 @@ export interface ProductShape {
   columns: number;
 }
 
+/** A matrix [inner,columns] as bytes, on the device, with its columns' scales. */
+export interface ByteMatrix {
+  data: bigint;
+  scales: bigint;
+}
+
 /** Its scratch memory serves one launch at a time, as one stream gives. */
 export class SkinnyGemm {
   readonly #blocks: number;
-  readonly #kernels: Record<Height, Kernel>;
+  readonly #cuda: Cuda;
+  readonly #kernels: { 1: Record<Height, Kernel>; 2: Record<Height, Kernel> };
+  readonly #largest: Kernel;
+  readonly #quantize: Kernel;
   readonly #parts: bigint;
-  readonly #flags: bigint;
 
   /** The kernels, where the GPU has them (Hopper). */
   static for(cuda: Cuda, dtype: "f32" | "f16" | "bf16"): SkinnyGemm | undefined {
@@ -42,14 +50,18 @@ export class SkinnyGemm {
   }
 
   private constructor(cuda: Cuda, dtype: "f16" | "bf16") {
-    const source = readFileSync(join(import.meta.dirname, "skinny-gemm.cu"), "utf8");
-    const module = cuda.compile(source, { [dtype.toUpperCase()]: 1 }, "skinny-gemm.cu");
-    const kernels = HEIGHTS.map((rows) => [rows, module.kernel(`skinny${rows}`)]);
-    this.#kernels = Object.fromEntries(kernels) as Record<Height, Kernel>;
+    const files = ["skinny-weights.cu", "skinny-gemm.cu"];
+    const source = files.map((name) => readFileSync(join(import.meta.dirname, name), "utf8")).join("");
+    const module = cuda.compile(source, { [dtype.toUpperCase()]: 1 }, files[1]);
+    const kernels = (name: string) =>
+      Object.fromEntries(HEIGHTS.map((rows) => [rows, module.kernel(`${name}${rows}`)])) as Record<Height, Kernel>;
+    this.#cuda = cuda;
+    this.#kernels = { 1: kernels("bytes"), 2: kernels("skinny") };
+    [this.#largest, this.#quantize] = [module.kernel("largest"), module.kernel("quantize")];
     this.#blocks = cuda.multiprocessors;
-    this.#parts = cuda.alloc(this.#blocks * HEIGHTS.at(-1)! * COLUMNS * 4);
-    this.#flags = cuda.alloc(this.#blocks * 4);
-    cuda.fill(this.#flags, 0, this.#blocks * 4);
+    const bytes = this.#blocks * HEIGHTS.at(-1)! * COLUMNS * 4;
+    this.#parts = cuda.alloc(bytes);
+    cuda.fill(this.#parts, 0xff, bytes);
   }
 
   /** Whether it has a kernel for the shape: rows of both matrices must be multiples of 16 bytes. */
@@ -57,24 +69,35 @@ export class SkinnyGemm {
     return rows <= HEIGHTS.at(-1)! && inner % 8 === 0 && columns % 8 === 0;
   }
 
+  /** Queues the rounding of w [inner,columns] to bytes, with a scale for each column; its memory stays. */
+  quantize(w: bigint, { inner, columns }: Pick<ProductShape, "inner" | "columns">): ByteMatrix {
+    const tiles = Math.ceil(columns / COLUMNS);
+    const units = tiles * Math.ceil(inner / DEPTH);
+    const [data, scales] = [this.#cuda.alloc(units * COLUMNS * DEPTH), this.#cuda.alloc(tiles * COLUMNS * 4)];
+    this.#largest.launch([(tiles * COLUMNS) / 32, 1, 1], 1024, 0, scales, w, inner, columns);
+    this.#quantize.launch([2 * units, 1, 1], 256, 0, data, w, scales, inner, columns);
+    return { data, scales };
+  }
+
   /**
    * Queues y [rows,columns] = x [rows,inner] · w [inner,columns]; `beside`: bytes of shared memory of the kernel before,
    * which it shall run beside.
    */
-  launch(y: bigint, x: bigint, w: bigint, { rows, inner, columns }: ProductShape, beside = 0): void {
+  launch(y: bigint, x: bigint, w: bigint | ByteMatrix, { rows, inner, columns }: ProductShape, beside = 0): void {
     const height = HEIGHTS.find((most) => most >= rows)!;
-    const stage = DEPTH * COLUMNS * 2 + height * ROW_BYTES;
+    const bytes = typeof w === "bigint" ? 2 : 1;
+    const stage = DEPTH * COLUMNS * bytes + height * ROW_BYTES;
     const fit = Math.max(3, Math.floor((SHARED - beside - ALIGNMENT) / stage));
-    const stages = Math.min(STAGES[height], fit);
+    const stages = Math.min(STAGES[bytes][height], fit);
     const shared = Math.max(stages * stage + ALIGNMENT, MORE_THAN_HALF);
     const units = Math.ceil(columns / COLUMNS) * Math.ceil(inner / DEPTH);
-    this.#kernels[height].launch(
+    this.#kernels[bytes][height].launch(
       [Math.min(this.#blocks, units), 1, 1],
       THREADS,
       shared,
-      tensorMap(w, [columns, inner], [BOX_COLUMNS, DEPTH]),
+      ...(typeof w === "bigint" ? [tensorMap(w, [columns, inner], [BOX_COLUMNS, DEPTH])] : [w.data, w.scales]),
       tensorMap(x, [inner, rows], [DEPTH, height]),
-      ...[y, this.#parts, this.#flags, rows, inner, columns, stages],
+      ...[y, this.#parts, rows, inner, columns, stages],
     );
   }
 }

@@ -12,10 +12,14 @@ export function matMul(g: Graph, a: Value, b: Value): Value {
   return g.node("MatMul", [a, b], [{ dtype: a.dtype, shape: [...batch, a.shape.at(-2)!, b.shape.at(-1)!] }])[0];
 }
 
+/** The operator of our own for products with weights, exact or through bytes. */
+export const linearName = (int8: boolean) => (int8 ? "Linear8" : "Linear");
+
 /** x [T,k] · w [k,n], w bound: by an operator of our own where numbers of rows come again. */
 export function boundProduct(g: Graph, x: Value, w: Value): Value {
   if (!g.options.searched) return matMul(g, x, w);
-  return g.node("Linear", [x, w], [{ dtype: x.dtype, shape: [x.shape[0], w.shape[1]] }], {}, CUSTOM_DOMAIN)[0];
+  const out = { dtype: x.dtype, shape: [x.shape[0], w.shape[1]] };
+  return g.node(linearName(g.options.int8), [x, w], [out], {}, CUSTOM_DOMAIN)[0];
 }
 
 /** a [m,k] · b [n,k]ᵀ + c, c broadcast to [m,n]. */

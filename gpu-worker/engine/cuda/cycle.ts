@@ -1,5 +1,5 @@
 /** A decoding cycle of some sequences, of one shape: draft their trees, verify them. All on the device, without a stop. */
-import { dividesWell } from "../../cuda/attention.ts";
+import { dividesWell, gpuOf } from "../../cuda/attention.ts";
 import { CycleBlock, type CycleStart, canDivide, type DraftInputs } from "../../cuda/cycle-block.ts";
 import type { CapturedGraph } from "../../cuda/driver.ts";
 import type { TreeShape } from "../../decode/drafters/plan.ts";
@@ -36,7 +36,7 @@ export class Cycle implements Disposable {
     this.#space = space;
     const { totalToken } = shape;
     const language = { ...config.language, dtype: model.dtype };
-    const divided = canDivide(shape, sequences) && dividesWell(language, totalToken, sequences, cuda.multiprocessors);
+    const divided = canDivide(shape, sequences) && dividesWell(language, totalToken, sequences, gpuOf(cuda, language));
     this.#block = new CycleBlock(cuda, shape, FRESH_ROWS, sequences, divided);
     this.#verify = cache.bind(text.binding(), this.#block.verify, rows, sequences);
     this.#verify.output("hidden", hidden, [rows, width], treeRow * width);

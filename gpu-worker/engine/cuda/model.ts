@@ -119,7 +119,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const cycleOptions = { ...graphOptions, searched: true };
   if (drafting) {
     const { epsilon, hidden } = drafting.config;
-    ops.push(pairRowsOp(elementwise, dtype, hidden));
+    ops.push(pairRowsOp(elementwise, dtype, hidden), linearOp(products, dtype, true));
     ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, draftCache!.paging, products));
     if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, dtype, epsilon));
   }
@@ -148,7 +148,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     fill(runtime, draftCache!.sin, sin);
     return {
       config: d.config,
-      layer: pass("draft", draftGraph(d.config, d.weights, head, cycleOptions, tokens), [fixed]),
+      layer: pass("draft", draftGraph(d.config, d.weights, head, { ...cycleOptions, int8: true }, tokens), [fixed]),
       bias: session(draftBiasGraph(d.config, d.weights, graphOptions)),
       adaptor: session(adaptorGraph(d.config, d.weights, graphOptions)),
       vocabulary: tokens?.length ?? language.vocabulary,

@@ -4,6 +4,7 @@ import type { Cuda } from "../../cuda/driver.ts";
 import type { Elementwise, Float } from "../../cuda/elementwise.ts";
 import type { Products } from "../../cuda/products.ts";
 import type { DecoderLayerConfig } from "../../model/layers.ts";
+import { linearName } from "../../ops/matmul.ts";
 import { normName } from "../../ops/norm.ts";
 import type { CustomOp } from "../custom-op.ts";
 import { DTYPES } from "../tensor.ts";
@@ -67,13 +68,14 @@ export function addRmsNormOp(elementwise: Elementwise, dtype: Float, epsilon: nu
   };
 }
 
-export function linearOp(products: Products, dtype: Float): CustomOp {
+/** A product with a weight matrix; `roughly`: of few rows with the matrix rounded to bytes. */
+export function linearOp(products: Products, dtype: Float, roughly = false): CustomOp {
   const float = DTYPES[dtype].onnx;
   return {
-    name: "Linear",
+    name: linearName(roughly),
     inputs: [float, float],
     columns: (_inner, dims) => dims(1)[1],
     compute: ([x, w], [y], { rows, columns: inner, width: columns }) =>
-      products.launch(y, x, w, { rows, inner, columns }),
+      products.launch(y, x, w, { rows, inner, columns }, roughly),
   };
 }
