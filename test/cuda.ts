@@ -2,11 +2,17 @@
  * The goldens on an NVIDIA GPU: node test/cuda.ts (after npm run cuda). In float32 every answer must be Hugging Face's,
  * token for token, plain and with trees. In 16 bits an answer may part from the CPU's, and a tree's from plain decoding's,
  * only where the target's two likeliest tokens lie within MARGIN of each other; how often that was is printed. What is
- * asked again finds its prompt's rows, and must go as before; so must what is asked all at once. Exit code 1 otherwise. Run by hand: neither npm test nor CI has a GPU.
+ * asked again finds its prompt's rows, and must go as before; so must what is asked all at once. Pictures must be resized
+ * as in JavaScript, bit for bit, and products of few rows be those of their matrices. Exit code 1 otherwise. Run by hand: neither npm test nor CI has a GPU.
  */
+import { Cuda } from "../gpu-worker/cuda/driver.ts";
+import { Elementwise } from "../gpu-worker/cuda/elementwise.ts";
+import { Products } from "../gpu-worker/cuda/products.ts";
 import { seedOf } from "../gpu-worker/decode/sample.ts";
+import type { CudaTarget } from "../gpu-worker/engine/cuda/target.ts";
 import type { Step } from "../gpu-worker/engine.ts";
 import { type EngineOptions, LocalEngine } from "../gpu-worker/engine-local.ts";
+import { filterHere, resizeBicubic } from "../gpu-worker/input/resize.ts";
 import { answer, type Case, families, prepare, tokensOf } from "./support/goldens.ts";
 
 /** Of logits. */
@@ -86,6 +92,79 @@ async function together(cpu: LocalEngine, engine: LocalEngine, cases: Case[], al
   return await ties(cpu, cases, steps.map(tokensOf), alone, `${what} together`); // biome-ignore format: one line
 }
 
+/** Smooth and noisy numbers between -1 and 1, always the same. */
+const number = (i: number) => Math.sin(i * 0.001) * 0.5 + (((i * 7919) % 257) / 257 - 0.5);
+
+/** Growing, shrinking, one way only, and taller than a hundred times its width. */
+function resized(engine: LocalEngine): void {
+  const { filter } = (engine.parts.target as CudaTarget).model.passage!;
+  const sizes = [[300, 190, 112, 112], [61, 40, 640, 480], [300, 190, 300, 28], [300, 190, 28, 190], [5, 700, 7, 90]]; // biome-ignore format: one line
+  for (const [width, height, toWidth, toHeight] of sizes) {
+    const picture = { width, height, rgb: Uint8Array.from({ length: 3 * width * height }, (_, i) => 128 + 127 * number(i)) }; // biome-ignore format: one line
+    const [here, there] = [filterHere, filter].map((f) => resizeBicubic(picture, toWidth, toHeight, f).rgb);
+    check(Buffer.compare(here, there) === 0, `${width}x${height} to ${toWidth}x${toHeight}: other samples than in JavaScript`); // biome-ignore format: one line
+  }
+}
+
+/**
+ * Products of few rows, exactly and through bytes, beside sums in float64: of every number of rows the same, and no further
+ * off than rounding to 8 bits of the result, or of the weights, makes it.
+ */
+function multiplied(dtype: "f16" | "bf16"): void {
+  const cuda = Cuda.open();
+  const kernels = new Elementwise(cuda);
+  const products = new Products(cuda, kernels, dtype);
+  const host = cuda.pinned(4 << 20);
+  const floats = new Float32Array(host.buffer);
+  const wide = cuda.alloc(4 << 20);
+  const read = (from: bigint, n: number) => {
+    kernels.convert(wide, "f32", from, dtype, n);
+    cuda.download(host, wide, 4 * n);
+    cuda.synchronize();
+    return floats.slice(0, n);
+  };
+  const put = (n: number, scale: number) => {
+    const memory = cuda.alloc(2 * n);
+    for (let i = 0; i < n; i++) floats[i] = number(i * scale);
+    cuda.upload(wide, host, 4 * n);
+    kernels.convert(memory, dtype, wide, "f32", n);
+    cuda.synchronize();
+    return memory;
+  };
+  for (const [inner, columns] of [
+    [200, 136],
+    [64, 8],
+    [2048, 384],
+  ]) {
+    // biome-ignore format: one line
+    const [w, x, y] = [put(inner * columns, 1), put(64 * inner, 3), put(64 * columns, 1)];
+    const [weights, inputs] = [read(w, inner * columns), read(x, 64 * inner)];
+    for (const roughly of [false, true]) {
+      let first: Float32Array | undefined;
+      for (const rows of [1, 8, 10, 16, 32, 50, 64]) {
+        products.launch(y, x, w, { rows, inner, columns }, roughly);
+        const out = read(y, rows * columns);
+        let [off, all] = [0, 0];
+        for (let r = 0; r < rows; r++)
+          for (let c = 0; c < columns; c++) {
+            let sum = 0;
+            for (let i = 0; i < inner; i++) sum += inputs[r * inner + i] * weights[i * columns + c];
+            off += (out[r * columns + c] - sum) ** 2;
+            all += sum ** 2;
+          }
+        const what = `${dtype}, ${rows} rows of [${inner},${columns}]${roughly ? " roughly" : ""}`;
+        check(Math.sqrt(off / all) < (roughly ? 0.01 : 0.004), `${what}: off by ${Math.sqrt(off / all)}`);
+        first ??= out;
+        check(first.every((value, i) => i >= columns || value === out[i]), `${what}: the first row is another`); // biome-ignore format: one line
+      }
+    }
+    for (const memory of [w, x, y]) cuda.free(memory);
+  }
+  cuda.free(wide);
+  cuda.freePinned(host);
+}
+
+for (const dtype of ["f16", "bf16"] as const) multiplied(dtype);
 for (const { name, model, cases } of families) {
   const cpu = new LocalEngine({ model, drafter: "none" });
   for (const dtype of ["f32", "f16", "bf16"] as const) {
@@ -96,6 +175,7 @@ for (const { name, model, cases } of families) {
       for (const golden of cases) steps.push(await answer(engine, golden));
       const answers = steps.map(tokensOf);
       if (tree === "plain") plain = answers;
+      if (tree === "plain") resized(engine);
       const what = `${name} ${dtype} ${tree}`;
       const goldens = cases.map((golden) => golden.output_ids);
       const fromCpu = await ties(cpu, cases, answers, goldens, `${what} against the CPU`);

@@ -9,7 +9,7 @@ import { Runtime } from "../gpu-worker/engine/runtime.ts";
 import { Graph, type Value } from "../gpu-worker/graph/graph.ts";
 import { encodeOnnx } from "../gpu-worker/graph/onnx.ts";
 import { decodeImage, MAX_PIXELS, type Picture } from "../gpu-worker/input/decode.ts";
-import { resizeBicubic } from "../gpu-worker/input/resize.ts";
+import { filterHere, resizeBicubic } from "../gpu-worker/input/resize.ts";
 import type { VisionPass } from "../gpu-worker/model/family.ts";
 import { describe as readCheckpoint } from "../gpu-worker/model/model.ts";
 import { ProcessorConfig, smartResize } from "../gpu-worker/model/qwen/processor.ts";
@@ -90,7 +90,10 @@ describe.each(families)("Golden images of $name", ({ model, goldens: folder }) =
     const [picture, weights] = [noise(133, 90), new Weights(model)];
     const [ours, onHost] = (["own", "fused"] as const).map((attention) => {
       const graph = family.visionGraph(weights, { dtype: "f32", attention, int8: false });
-      return firstOperand(graph, family.visionPass(picture, family.pixels, attention === "own").inputs.pixels);
+      return firstOperand(
+        graph,
+        family.visionPass(picture, family.pixels, attention === "own" ? filterHere : undefined).inputs.pixels,
+      );
     });
     expect(sha(ours)).toBe(sha(onHost));
     expect(new Set(ours).size).toBeGreaterThan(100);

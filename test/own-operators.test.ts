@@ -9,6 +9,7 @@ import { type FixedInput, Runtime, type Session } from "../gpu-worker/engine/run
 import type { Tensor } from "../gpu-worker/engine/tensor.ts";
 import { type Dim, Graph } from "../gpu-worker/graph/graph.ts";
 import { CUSTOM_DOMAIN, encodeOnnx } from "../gpu-worker/graph/onnx.ts";
+import { filterHere } from "../gpu-worker/input/resize.ts";
 import { adaptorGraph, DRAFT_ATTENTION, draftBiasGraph, draftGraph, foldGraph } from "../gpu-worker/model/draft.ts";
 import { headWeight, languageGraph, TARGET_ATTENTION } from "../gpu-worker/model/language.ts";
 import { gatedMlp } from "../gpu-worker/model/layers.ts";
@@ -137,7 +138,8 @@ describe.each(families)("$name", ({ model }) => {
       return tensor;
     };
     const rows = (elements: number) => runtime.tensor("f32", elements);
-    const passage: Passage = { put: (all) => all.map(onHost), rows, take: ({ f32 }) => f32.slice() };
+    const put: Passage["put"] = (all) => all.map(onHost);
+    const passage: Passage = { filter: filterHere, put, rows, take: ({ f32 }) => f32.slice() };
     const picture = { width: 300, height: 190, rgb: Uint8Array.from(some(300 * 190 * 3, 1), (x) => 128 + 127 * x) };
     const seen = (vision: Session, passage?: Passage) => encodePicture(runtime, { family, config, vision, passage }, picture).rows; // biome-ignore format: one line
     const wanted = seen(load(plain.vision).session);

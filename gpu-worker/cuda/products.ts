@@ -107,6 +107,11 @@ export class Products {
     this.#workspace = cuda.alloc(WORKSPACE);
   }
 
+  /** Bytes of a weight that few rows are multiplied by roughly, of one of `bytes`. */
+  roughBytes(bytes: number): number {
+    return this.#skinny ? 1 : bytes;
+  }
+
   /**
    * Queues y [rows,columns] = x [rows,inner] · w [inner,columns]. The first launch of a shape tries algorithms, and waits
    * for them: it can't be captured. `roughly`: few rows may be multiplied by w rounded to bytes, which the first launch of w

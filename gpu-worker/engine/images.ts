@@ -2,6 +2,7 @@
 import { ApiError } from "../../shared/errors.ts";
 import type { PixelLimits } from "../../shared/protocol.ts";
 import { decodeImage, type Picture } from "../input/decode.ts";
+import type { Filter } from "../input/resize.ts";
 import type { ImageShape, InputData } from "../model/family.ts";
 import type { ModelFiles } from "../model/model.ts";
 import type { Runtime, Session } from "./runtime.ts";
@@ -24,6 +25,8 @@ export interface KeptImage extends ImageRows {
 
 /** A picture's way to a device that has memory of its own, and back; that memory is the next picture's too. */
 export interface Passage {
+  /** Resizes pictures. */
+  readonly filter: Filter;
   /** The data on the device, numbers in the model's type; waits for none of it. */
   put(data: readonly InputData[]): Tensor[];
   /** Room for the tower's output. */
@@ -50,7 +53,7 @@ export function encodePicture(
 ): ImageRows {
   const { family, config, vision, passage } = model;
   checkTokens(family.imageTokens(picture, limits), config.contextLength);
-  const { inputs, image } = family.visionPass(picture, limits, passage !== undefined);
+  const { inputs, image } = family.visionPass(picture, limits, passage?.filter);
   const dims = [image.count, config.language.hidden];
   const data = Object.values(inputs).map((input) => input.data);
   using memory = new DisposableStack();

@@ -7,34 +7,49 @@ const ONE_HALF = 1 << (PRECISION_BITS - 1);
 const BICUBIC_RADIUS = 2;
 
 /** For every output position: the first input position, how many there are, and their weights (`stride` apart). */
-interface Weights {
+export interface Weights {
   first: Int32Array;
   count: Int32Array;
   weight: Int32Array;
   stride: number;
 }
 
+/** What is done to a picture: the passes that there are, the horizontal one over its rows `top` to `bottom` alone. */
+export interface Passes {
+  across: Weights | undefined;
+  down: Weights | undefined;
+  top: number;
+  bottom: number;
+}
+
+/** Does the passes; gives the samples that come out. */
+export type Filter = (picture: Picture, passes: Passes) => Uint8Array;
+
+/** In JavaScript: some 24 ms a million pixels. */
+export const filterHere: Filter = (picture, { across, down, top, bottom }) => {
+  const width = across ? across.first.length : picture.width;
+  const rows = across
+    ? horizontal(picture, across, top, bottom)
+    : picture.rgb.subarray(top * width * 3, bottom * width * 3);
+  return down ? vertical(rows, width * 3, down, top) : rows;
+};
+
 /**
  * The picture at `width` x `height` (integers of at least 1). Horizontal pass first, only for rows that the vertical
  * pass reads; each pass rounds to 8 bits. A picture over 100 times as tall as wide that gets shorter has its vertical
  * pass first. An unchanged size gives the picture itself.
  */
-export function resizeBicubic(picture: Picture, width: number, height: number): Picture {
+export function resizeBicubic(picture: Picture, width: number, height: number, filter = filterHere): Picture {
   if (!Number.isInteger(width) || !Number.isInteger(height) || width < 1 || height < 1)
     throw new RangeError(`The size ${width}x${height} is not one of positive integers.`);
   if (width === picture.width && height === picture.height) return picture;
   if (picture.height > 100 * picture.width && height < picture.height && width !== picture.width)
-    return resizeBicubic(resizeBicubic(picture, picture.width, height), width, height);
-  const across = width === picture.width ? null : weights(picture.width, width);
-  if (across && height === picture.height)
-    return { width, height, rgb: horizontal(picture, across, 0, picture.height) };
-  const down = weights(picture.height, height);
-  const top = down.first[0];
-  const bottom = down.first[height - 1] + down.count[height - 1];
-  const rgb = across
-    ? horizontal(picture, across, top, bottom)
-    : picture.rgb.subarray(top * width * 3, bottom * width * 3);
-  return { width, height, rgb: vertical(rgb, width * 3, down, top) };
+    return resizeBicubic(resizeBicubic(picture, picture.width, height, filter), width, height, filter);
+  const across = width === picture.width ? undefined : weights(picture.width, width);
+  const down = height === picture.height ? undefined : weights(picture.height, height);
+  const top = down ? down.first[0] : 0;
+  const bottom = down ? down.first[height - 1] + down.count[height - 1] : picture.height;
+  return { width, height, rgb: filter(picture, { across, down, top, bottom }) };
 }
 
 /** Keys' cubic with a = -1/2. The order of operations matters: it decides the last bit of a weight. */

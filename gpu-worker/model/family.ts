@@ -3,6 +3,7 @@ import { ApiError } from "../../shared/errors.ts";
 import type { PixelLimits } from "../../shared/protocol.ts";
 import type { Graph, GraphOptions } from "../graph/graph.ts";
 import type { Picture } from "../input/decode.ts";
+import type { Filter } from "../input/resize.ts";
 import type { LanguageConfig, LanguageNames } from "./language.ts";
 import type { TensorSource } from "./weights.ts";
 
@@ -60,8 +61,8 @@ export interface Family {
    * takes the levels of pixels, and makes the processor's numbers of them itself.
    */
   visionGraph(w: TensorSource, options: GraphOptions): Graph;
-  /** `levels`: for a graph that binds its weights. Throws as imageTokens. */
-  visionPass(picture: Picture, limits: PixelLimits, levels?: boolean): VisionPass;
+  /** `filter`: for a graph that binds its weights, resizes the picture; else it is done here. Throws as imageTokens. */
+  visionPass(picture: Picture, limits: PixelLimits, filter?: Filter): VisionPass;
   /** Throws ApiError 400 where placeholders and pictures are not as many. */
   expandPrompt(tokens: readonly number[], images: readonly ImageShape[]): ExpandedPrompt;
 }

@@ -127,11 +127,14 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const weights = new DeviceWeights(runtime, cuda, elementwise);
   const session = (graph: Graph, more: FixedInput[] = []) =>
     runtime.session(encodeOnnx(graph), { fixed: [...weights.of(graph), ...more] });
+  const roughBytesOf = ({ tensor, dims }: FixedInput) =>
+    tensor.elements * (dims.length === 2 ? products.roughBytes(DTYPES[dtype].bytes) : DTYPES[dtype].bytes);
   const passBytes = { target: 0, draft: 0 };
   const pass = (name: keyof typeof passBytes, graph: Graph, more?: FixedInput[]) => {
     // Of the embedding a pass reads a few rows.
     const read = weights.of(graph).filter(({ dims }) => dims[0] !== language.vocabulary);
-    passBytes[name] += read.reduce((sum, weight) => sum + bytesOf(weight), 0);
+    const size = name === "draft" ? roughBytesOf : bytesOf;
+    passBytes[name] += read.reduce((sum, weight) => sum + size(weight), 0);
     return session(graph, more);
   };
   const load = (d: NonNullable<Checkpoint["draft"]>): CudaDraft => {
@@ -139,7 +142,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
     const tokens = draftVocabulary(options, language.vocabulary, config.eosTokens);
     const folded = runtime.tensor(dtype, 2 * hidden * hidden, "device");
     const fixed = { name: "folded", tensor: folded, dims: [2 * hidden, hidden] };
-    passBytes.draft = bytesOf(fixed);
+    passBytes.draft = roughBytesOf(fixed);
     using fold = session(foldGraph(d.config, d.weights, graphOptions));
     using binding = fold.binding();
     binding.output(fixed.name, folded, fixed.dims).run();

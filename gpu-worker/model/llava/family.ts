@@ -64,12 +64,12 @@ function anyResolution(processor: ProcessorConfig, pinpoints: Size[], side: numb
   return {
     pixels: { minPixels: Math.min(...areas), maxPixels: Math.max(...areas) },
     imageTokens: (size, limits) => packedCount(size, inTiles(target(size, limits)), side),
-    visionPass(picture, limits, levels = false) {
+    visionPass(picture, limits, filter) {
       const area = target(picture, limits);
       const pack = packedRows(picture, inTiles(area), side);
       return {
         inputs: {
-          pixels: pixelsOf(tilesOf(picture, area, processor), processor, levels),
+          pixels: pixelsOf(tilesOf(picture, area, processor, filter), processor, filter !== undefined),
           pack: { data: pack, dims: [pack.length] },
         },
         image: { count: pack.length },
@@ -94,10 +94,10 @@ function oneSize(processor: ProcessorConfig, side: number): Pictures {
       check(size, limits);
       return side * side;
     },
-    visionPass(picture, limits, levels = false) {
+    visionPass(picture, limits, filter) {
       check(picture, limits);
       return {
-        inputs: { pixels: pixelsOf([middleOf(picture, processor)], processor, levels) },
+        inputs: { pixels: pixelsOf([middleOf(picture, processor, filter)], processor, filter !== undefined) },
         image: { count: side * side },
       };
     },

@@ -2,7 +2,7 @@
 import { z } from "zod";
 import type { PixelLimits } from "../../../shared/protocol.ts";
 import type { Picture } from "../../input/decode.ts";
-import { resizeBicubic } from "../../input/resize.ts";
+import { type Filter, resizeBicubic } from "../../input/resize.ts";
 import { checkLimits, levels, type Normalization, PIXEL_FIELDS, type Size, writeSquare } from "../pixels.ts";
 
 const side = z.int().positive();
@@ -69,21 +69,21 @@ export function bestArea({ width, height }: Size, areas: readonly Size[]): Size 
 }
 
 /** The whole picture as a square, then the tiles of the picture in its area, row by row. */
-export function tilesOf(picture: Picture, target: Size, { tile }: ProcessorConfig): Square[] {
-  const padded = padTo(resizeInto(picture, target), target);
-  const squares = [{ from: resizeBicubic(picture, tile, tile), top: 0, left: 0, side: tile }];
+export function tilesOf(picture: Picture, target: Size, { tile }: ProcessorConfig, filter?: Filter): Square[] {
+  const padded = padTo(resizeInto(picture, target, filter), target);
+  const squares = [{ from: resizeBicubic(picture, tile, tile, filter), top: 0, left: 0, side: tile }];
   for (let top = 0; top < target.height; top += tile)
     for (let left = 0; left < target.width; left += tile) squares.push({ from: padded, top, left, side: tile });
   return squares;
 }
 
 /** LLaVA-1.5: the shorter edge brought to S, and the square in the middle. */
-export function middleOf(picture: Picture, { tile }: ProcessorConfig): Square {
+export function middleOf(picture: Picture, { tile }: ProcessorConfig, filter?: Filter): Square {
   const short = Math.min(picture.width, picture.height);
   const [width, height] = [picture.width, picture.height].map((n) =>
     n === short ? tile : Math.trunc((tile * n) / short),
   );
-  const from = resizeBicubic(picture, width, height);
+  const from = resizeBicubic(picture, width, height, filter);
   const [top, left] = [height, width].map((n) => Math.trunc((n - tile) / 2));
   return { from, top, left, side: tile };
 }
@@ -116,12 +116,12 @@ export function cut(squares: readonly Square[]): Uint8Array {
 }
 
 /** As large as fits, at the same aspect ratio. */
-function resizeInto(picture: Picture, target: Size): Picture {
+function resizeInto(picture: Picture, target: Size, filter?: Filter): Picture {
   const [across, down] = [target.width / picture.width, target.height / picture.height];
   const edge = (n: number, scale: number, most: number) => Math.min(Math.ceil(n * scale), most);
   return across < down
-    ? resizeBicubic(picture, target.width, edge(picture.height, across, target.height))
-    : resizeBicubic(picture, edge(picture.width, down, target.width), target.height);
+    ? resizeBicubic(picture, target.width, edge(picture.height, across, target.height), filter)
+    : resizeBicubic(picture, edge(picture.width, down, target.width), target.height, filter);
 }
 
 /** The picture in the middle of a black one. */

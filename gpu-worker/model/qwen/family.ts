@@ -1,6 +1,7 @@
 /** Qwen2.5-VL as a family: what the rest of the engine asks of it, and the inputs of its vision tower. */
 import { join } from "node:path";
 import type { Picture } from "../../input/decode.ts";
+import type { Filter } from "../../input/resize.ts";
 import { parseConfig } from "../config.ts";
 import type { Family, InputData, VisionPass } from "../family.ts";
 import { frequencies, ropeTable } from "../rope.ts";
@@ -22,9 +23,9 @@ export function qwenFamily(folder: string): Family {
     pixels: { minPixels: processor.minPixels, maxPixels: processor.maxPixels },
     imageTokens: (size, limits) => imageTokens(imageGrid(size, { ...processor, ...limits }), processor),
     visionGraph: (w, options) => visionGraph(config.vision, processor, w, options),
-    visionPass(picture, limits, levels = false) {
+    visionPass(picture, limits, filter) {
       const limited = { ...processor, ...limits };
-      const { pixels, grid } = levels ? levelsOf(picture, limited) : numbersOf(picture, limited);
+      const { pixels, grid } = filter ? levelsOf(picture, limited, filter) : numbersOf(picture, limited);
       return {
         inputs: { pixels, ...placesOf(grid, config.vision) },
         image: { count: imageTokens(grid, processor), grid: [grid[1] / merge, grid[2] / merge] },
@@ -46,8 +47,8 @@ function numbersOf(picture: Picture, config: ProcessorConfig): Pixels {
 }
 
 /** The resized picture as it is, with a shape that tells the patches of merge blocks apart. */
-function levelsOf(picture: Picture, config: ProcessorConfig): Pixels {
-  const { resized, grid } = resizeToGrid(picture, config);
+function levelsOf(picture: Picture, config: ProcessorConfig, filter: Filter): Pixels {
+  const { resized, grid } = resizeToGrid(picture, config, filter);
   const { mergeSize: merge, patchSize: side } = config;
   return { pixels: { data: resized.rgb, dims: [grid[1] / merge, merge, side, grid[2] / merge, merge, side, 3] }, grid };
 }

@@ -1,7 +1,7 @@
 /** From an RGB picture to the patches of Qwen2.5-VL's vision tower, as Hugging Face's Qwen2VLImageProcessor (Pillow backend) makes them. */
 import { z } from "zod";
 import type { Picture } from "../../input/decode.ts";
-import { resizeBicubic } from "../../input/resize.ts";
+import { type Filter, filterHere, resizeBicubic } from "../../input/resize.ts";
 import { checkAspectRatio, checkLimits, levels, PIXEL_FIELDS, writeSquare } from "../pixels.ts";
 
 const Stored = z.object({
@@ -88,9 +88,13 @@ export function imageTokens(grid: Grid, config: ProcessorConfig): number {
 }
 
 /** The picture at the size that is cut into the grid's patches. Throws as smartResize. */
-export function resizeToGrid(picture: Picture, config: ProcessorConfig): { resized: Picture; grid: Grid } {
+export function resizeToGrid(
+  picture: Picture,
+  config: ProcessorConfig,
+  filter: Filter,
+): { resized: Picture; grid: Grid } {
   const grid = imageGrid(picture, config);
-  return { resized: resizeBicubic(picture, grid[2] * config.patchSize, grid[1] * config.patchSize), grid };
+  return { resized: resizeBicubic(picture, grid[2] * config.patchSize, grid[1] * config.patchSize, filter), grid };
 }
 
 /**
@@ -98,7 +102,7 @@ export function resizeToGrid(picture: Picture, config: ProcessorConfig): { resiz
  * blocks row by row), each as [channel, frame, row, column] with the one frame repeated. Throws as smartResize.
  */
 export function processImage(picture: Picture, config: ProcessorConfig): ProcessedImage {
-  const { resized, grid } = resizeToGrid(picture, config);
+  const { resized, grid } = resizeToGrid(picture, config, filterHere);
   const [, rows, columns] = grid;
   const perPatch = 3 * config.temporalPatchSize * config.patchSize ** 2;
   const pixels = new Float32Array(rows * columns * perPatch);
