@@ -42,6 +42,8 @@ struct Deal {
 
 // No float that is computed: as bits, what memory is filled with.
 #define NOTHING 0xffffffffu
+// Rows of parts of a tile that are much for a block to read.
+#define MUCH 192
 
 __device__ __forceinline__ float4 take(const float4* from) {
   float4 x;
@@ -81,37 +83,64 @@ __device__ __forceinline__ void operator+=(float4& sum, const float4& x) {
   sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
 }
 
-// Sums a tile's parts, `acc` being this block's, in the block that begins it, whose last one it is; false in others. Those
-// begin within it, which a block does at most once: so each has one place for a part, [ROWS / 8,CONSUMERS]. `memory` of
-// `bytes` is what the products were made of.
-template <int ROWS>
-__device__ bool join(float4 (&acc)[ROWS / 8], const Deal& deal, int tile, float4* parts, char* memory, int bytes) {
-  constexpr int PIECES = ROWS / 8, PART = PIECES * CONSUMERS;
-  const int low = deal.owner(tile * deal.units), high = deal.owner((tile + 1) * deal.units - 1), self = blockIdx.x;
-  if (self != low) {
-#pragma unroll
-    for (int j = 0; j < PIECES; j++) put(parts + self * PART + j * CONSUMERS + threadIdx.x, acc[j]);
-    return false;
+// A tile's parts, each of pieces of 8 rows, [ROWS / 8,CONSUMERS]: summed by the block that begins it, or, if they are much to
+// read, by its first SHARE blocks, which divide the pieces. Whoever sums has the tile as its last. For all but the one that
+// begins it, it is their first: so a block has one place for what it leaves of a tile that it begins, and one of another.
+template <int ROWS> struct Parts {
+  static constexpr int PIECES = ROWS / 8, PART = PIECES * CONSUMERS, SHARE = PIECES < 4 ? PIECES : 4;
+  int low, high, self;
+  bool shared;
+  float4* all;
+
+  __device__ Parts(const Deal& deal, int tile, float4* all)
+      : low(deal.owner(tile * deal.units)), high(deal.owner((tile + 1) * deal.units - 1)), self(blockIdx.x),
+        shared(PIECES > 1 && (high - low) * ROWS >= MUCH && high - low >= SHARE), all(all + threadIdx.x) {}
+
+  __device__ bool sums() const { return self - low < (shared ? SHARE : 1); }
+  __device__ bool sums(int piece) const { return self - low == (shared ? piece % SHARE : 0); }
+  __device__ float4* place(int block, int piece) const {
+    return all + (block + (block == low ? gridDim.x : 0)) * PART + piece * CONSUMERS;
   }
-  float4* const here = (float4*)memory + threadIdx.x;
-  const int fit = bytes / (PART * 16), lane = threadIdx.x % 32;
-  for (int block = low + 1; block <= high; block += fit) {
-    const int count = min(fit, high + 1 - block);
-    float4* const at = parts + block * PART + threadIdx.x;
-    // All threads' looking for all of it would take the second cache's whole bandwidth: they look at one number a part.
-    for (int n = lane; n < count; n += 32) seen(&at[n * PART + (PIECES - 1) * CONSUMERS - lane].x);
-    together(); // the memory is free when all warps are through with their products
-    for (int i = 0; i < count * PIECES; i++) copy16(here + i * CONSUMERS, at + i * CONSUMERS);
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    for (int n = 0; n < count; n++)
+  __device__ void leave(const float4 (&acc)[PIECES]) const {
 #pragma unroll
-      for (int j = 0; j < PIECES; j++) {
-        const int i = (n * PIECES + j) * CONSUMERS;
-        acc[j] += await(at + i, here[i]);
-      }
+    for (int j = 0; j < PIECES; j++)
+      if (!sums(j)) put(place(self, j), acc[j]);
   }
-  return true;
-}
+  // Of the pieces that this block sums, acc becomes the sum. `memory` of `bytes` is what the products were made of.
+  template <bool SHARED> __device__ void add(float4 (&acc)[PIECES], char* memory, int bytes) const {
+    constexpr int STEP = SHARED ? SHARE : 1, EACH = PIECES / STEP;
+    const int lane = threadIdx.x % 32, turn = SHARED ? self - low : 0, fit = bytes / (EACH * CONSUMERS * 16);
+    float4* const here = (float4*)memory + threadIdx.x; // [fit,EACH,CONSUMERS]
+    for (int from = SHARED ? low : low + 1; from <= high; from += fit) {
+      const int count = min(fit, high + 1 - from);
+      const auto another = [&](int n) { return !SHARED || from + n != self; };
+      // All threads' looking for all of it would take the second cache's whole bandwidth: they look at one number a part,
+      // of what is written last.
+      for (int n = lane; n < count; n += 32)
+        if (another(n)) seen(&(place(from + n, PIECES - STEP + turn) - lane)->x);
+      together(); // the memory is free when all warps are through with their products
+#pragma unroll
+      for (int j = 0; j < PIECES; j++)
+        if (SHARED && from == low && j % STEP == turn) here[(turn * EACH + j / STEP) * CONSUMERS] = acc[j];
+#pragma unroll 1
+      for (int n = 0; n < count; n++)
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+          if (another(n)) copy16(here + (n * EACH + i) * CONSUMERS, place(from + n, i * STEP + turn));
+      asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll 1
+      for (int n = 0; n < count; n++)
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+          if (j % STEP != turn) continue;
+          float4 part = here[(n * EACH + j / STEP) * CONSUMERS];
+          if (another(n)) part = await(place(from + n, j), part);
+          if (SHARED && from + n == low) acc[j] = part;
+          else acc[j] += part;
+        }
+    }
+  }
+};
 
 // A thread has of 8 rows of x two, and of a warp's 16 columns one and the eighth after it; turned, two columns of a row.
 template <class Weights>
@@ -198,9 +227,14 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
     }
     awaitProducts<0>();
     if (Weights::PENDING && threadIdx.x % 32 == 0) arriveAt(before);
-    if (!join<ROWS>(acc, deal, tile, parts, ring, stages * STAGE)) continue;
+    const Parts<ROWS> of(deal, tile, parts);
+    of.leave(acc);
+    if (!of.sums()) continue;
+    if (of.shared) of.template add<true>(acc, ring, stages * STAGE);
+    else of.template add<false>(acc, ring, stages * STAGE);
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; j++) write(y, w, acc[j], j, tile, rows, columns);
+    for (int j = 0; j < ROWS / 8; j++)
+      if (of.sums(j)) write(y, w, acc[j], j, tile, rows, columns);
   }
 }
 

@@ -59,7 +59,7 @@ export class SkinnyGemm {
     this.#kernels = { 1: kernels("bytes"), 2: kernels("skinny") };
     [this.#largest, this.#quantize] = [module.kernel("largest"), module.kernel("quantize")];
     this.#blocks = cuda.multiprocessors;
-    const bytes = this.#blocks * HEIGHTS.at(-1)! * COLUMNS * 4;
+    const bytes = this.#blocks * 2 * HEIGHTS.at(-1)! * COLUMNS * 4;
     this.#parts = cuda.alloc(bytes);
     cuda.fill(this.#parts, 0xff, bytes);
   }
