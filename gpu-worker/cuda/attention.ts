@@ -22,6 +22,7 @@ const BLOCKS = {
 /** Blocks of 32 rows where the new columns lie in two tiles: they leave room for the product that comes next. */
 const FEW = { most: 64, across: 4, stages: 3 };
 const PROMPT = { across: 1, stages: 3 };
+/** Splits from which on smaller blocks are better than more splits. */
 const ENOUGH = 4;
 /** Blocks of a cluster, where the GPU has clusters (Hopper); 8 is the most that every such GPU can hold. */
 const SPLITS = [8, 6, 4, 3, 2] as const;
@@ -95,14 +96,17 @@ interface Grid {
 /** What a GPU holds at once. */
 export interface Gpu {
   multiprocessors: number;
-  /** Clusters of so many blocks, `resident` blocks to a multiprocessor: they must lie in one part of the GPU, so that some places stay empty. */
+  /**
+   * Clusters of `splits` blocks, `resident` blocks to a multiprocessor: each must lie in one part of the GPU, so that some
+   * places stay empty.
+   */
   clusters(grid: { kernel: string; splits: number; resident: number; threads: number; shared: number }): number;
 }
 
 /**
  * Of trees of so many tokens on average, `most` at most: as many splits as the GPU holds at once, of the smallest blocks
- * that have ENOUGH, else of those that have more; where several sequences leave no room for two splits, one, in the blocks that the GPU is through with in the fewest
- * turns. Never depends on how many columns there are, which a captured launch can't know.
+ * that have ENOUGH, else of those that have more; where several sequences leave no room for two splits, one, in the blocks
+ * that the GPU is through with in the fewest turns. Never depends on how many columns there are, which a captured launch can't know.
  */
 function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu: Gpu, most = tokens): Grid {
   const { heads, kvHeads, headSize } = shape;
@@ -142,11 +146,10 @@ function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu:
  * tile is half full then, on average.
  */
 export function dividesWell(shape: AttentionShape, each: number, sequences: number, gpu: Gpu): boolean {
-  const { height, splits, resident } = treeGrid(shape, each, sequences, gpu);
+  const grid = treeGrid(shape, each, sequences, gpu);
   const rows = (each * shape.heads) / shape.kvHeads;
-  const turns = (tiles: number) =>
-    Math.ceil((tiles * shape.kvHeads * sequences * splits) / (resident * gpu.multiprocessors));
-  return turns(Math.max(1, rows / height + 0.5)) <= turns(Math.ceil(rows / height));
+  const turns = (tiles: number) => Math.ceil((tiles * shape.kvHeads * sequences) / gpu.clusters(grid));
+  return turns(Math.max(1, rows / grid.height + 0.5)) <= turns(Math.ceil(rows / grid.height));
 }
 
 function promptGrid(shape: AttentionShape, tokens: number, sequences: number, { multiprocessors }: Gpu): Grid {

@@ -87,16 +87,17 @@ export class Kernel {
     this.#early = early;
   }
 
-  #allow(shared: number): void {
-    if (shared <= this.#shared) return;
+  /** Gives the driver's result, which is not 0 where the GPU has not so much. */
+  #allow(shared: number): number {
+    if (shared <= this.#shared) return 0;
     const result = api.cuFuncSetAttribute(this.#handle, MAX_DYNAMIC_SHARED, shared) as number;
-    if (result !== 0) fail(`${shared} bytes of shared memory for kernel ${this.#name}`, result);
-    this.#shared = shared;
+    if (result === 0) this.#shared = shared;
+    return result;
   }
 
   /** How many of its clusters, of blocks (1, `blocks`, 1) as the kernel says, the GPU holds at once. */
   mostClusters(blocks: number, threads: number, shared: number): number {
-    this.#allow(shared);
+    if (this.#allow(shared) !== 0) return 0;
     launch ??= newLaunch();
     launch.shape.set([1, blocks, 1, threads, 1, 1, shared]);
     launch.more.set([this.#stream, launch.more[1], 0n]);
@@ -117,7 +118,8 @@ export class Kernel {
     shared: number,
     ...args: readonly Argument[]
   ): void {
-    this.#allow(shared);
+    const allowed = this.#allow(shared);
+    if (allowed !== 0) fail(`${shared} bytes of shared memory for kernel ${this.#name}`, allowed);
     launch ??= newLaunch();
     const { memory, u64, i32, f32, places, pointers, config, shape, more } = launch;
     let [at, count] = [0, 0]; // in units of 4 bytes

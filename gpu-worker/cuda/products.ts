@@ -73,7 +73,7 @@ interface Plan {
 }
 
 /** Its scratch memory serves one launch at a time, as one stream gives. */
-export class Products {
+export class Products implements Disposable {
   readonly #cuda: Cuda;
   readonly #elementwise: Elementwise;
   readonly #type: number;
@@ -115,7 +115,7 @@ export class Products {
   /**
    * Queues y [rows,columns] = x [rows,inner] · w [inner,columns]. The first launch of a shape tries algorithms, and waits
    * for them: it can't be captured. `roughly`: few rows may be multiplied by w rounded to bytes, which the first launch of w
-   * makes.
+   * makes, and can't be captured either.
    */
   launch(y: bigint, x: bigint, w: bigint, shape: ProductShape, roughly = false): void {
     const { beside } = this;
@@ -135,6 +135,12 @@ export class Products {
     const known = this.#rounded.get(w) ?? this.#skinny!.quantize(w, shape);
     this.#rounded.set(w, known);
     return known;
+  }
+
+  /** Frees what was rounded; the rest is kept for as long as the process. */
+  [Symbol.dispose](): void {
+    for (const { data, scales } of this.#rounded.values()) for (const memory of [data, scales]) this.#cuda.free(memory);
+    this.#rounded.clear();
   }
 
   #run([y, x, w]: readonly bigint[], { layouts, algorithm }: Plan): unknown {

@@ -5,8 +5,8 @@
 // a ring in shared memory (TMA, in rows of 128 swizzled bytes). Units of all tiles are dealt equally to the blocks, one a
 // multiprocessor (stream-K: Osama et al., 2023). The tensor cores take the weights as their 64 rows and the rows of x as
 // their columns, so that few rows cost little. Parts of a tile are summed in the blocks' order by the block that begins
-// it, which waits for the others (all run: there is a multiprocessor for each): sums depend neither on the number of rows
-// nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and no flag is waited for.
+// it, or by its first ones, which wait for the others (all run: there is a multiprocessor for each): sums depend neither on
+// the number of rows nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and no flag is waited for.
 //
 // A block starts as soon as the product before has left its multiprocessor, and fills its ring while the kernels between
 // run, so that memory is hardly ever idle. It asks no faster than memory can give to all (PACE): else what the kernels
@@ -238,7 +238,7 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
   }
 }
 
-// Blocks of up to 32 rows leave registers for attention's (attention.cu) beside them.
+// Blocks of up to 32 rows (16 with bytes) leave registers for attention's (attention.cu) beside them.
 #define REST                                                                                                           \
   const __grid_constant__ TensorMap x, u16 *y, float4 *parts, int rows, int inner, int columns, int stages
 #define KERNELS(ROWS)                                                                                                  \

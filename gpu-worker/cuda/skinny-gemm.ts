@@ -69,13 +69,14 @@ export class SkinnyGemm {
     return rows <= HEIGHTS.at(-1)! && inner % 8 === 0 && columns % 8 === 0;
   }
 
-  /** Queues the rounding of w [inner,columns] to bytes, with a scale for each column; its memory stays. */
+  /** Rounds w [inner,columns] to bytes, with a scale for each column, in memory that the caller frees. Waits for it. */
   quantize(w: bigint, { inner, columns }: Pick<ProductShape, "inner" | "columns">): ByteMatrix {
     const tiles = Math.ceil(columns / COLUMNS);
     const units = tiles * Math.ceil(inner / DEPTH);
     const [data, scales] = [this.#cuda.alloc(units * COLUMNS * DEPTH), this.#cuda.alloc(tiles * COLUMNS * 4)];
     this.#largest.launch([(tiles * COLUMNS) / 32, 1, 1], 1024, 0, scales, w, inner, columns);
     this.#quantize.launch([2 * units, 1, 1], 256, 0, data, w, scales, inner, columns);
+    this.#cuda.synchronize(); // products ask for weights before they await what was queued before them
     return { data, scales };
   }
 

@@ -46,7 +46,7 @@ export interface GraphOptions {
    * of a tree), or beside it, or a kernel of our own (CUDA), in whose graphs weights are inputs that lie on the device.
    */
   attention: "fused" | "split" | "own";
-  /** Whether products with weights go through 8-bit integers: for drafts, which need not be exact. */
+  /** Whether products with weights go through 8-bit integers (on CUDA the weights alone): for drafts, which need not be exact. */
   int8: boolean;
   /** Whether numbers of rows come again and again, so that products with bound weights are worth a search (cuda/products.ts). */
   searched?: boolean;

@@ -15,7 +15,7 @@ export interface Weights {
 }
 
 /** What is done to a picture: the passes that there are, the horizontal one over its rows `top` to `bottom` alone. */
-export interface Passes {
+interface Passes {
   across: Weights | undefined;
   down: Weights | undefined;
   top: number;

@@ -185,7 +185,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const prefixes = new PrefixCache(bytes, deviceRows(runtime, elementwise, dtype));
   const { draft, vision, prefill, text, passage } = parts;
   const sessions = [vision, prefill, text, draft?.layer, draft?.bias, draft?.adaptor];
-  const memory = [draft?.map, passage, prefixes, hidden, cache, draftCache, blocks, weights];
+  const memory = [draft?.map, passage, prefixes, hidden, cache, draftCache, blocks, products, weights];
   return {
     ...{ ...files, ...parts, dtype, cuda, runtime, elementwise, weights, passBytes },
     ...{ prefixes, blocks, cache, hidden, treeRow, passRows },

@@ -54,8 +54,8 @@ export class CudaPassage implements Passage, Disposable {
     const { rgb } = picture;
     const memory = this.#on("picture", rgb.byteLength);
     if (this.#sent === picture) return memory;
-    this.#sent = picture;
     this.#upload(memory, [rgb]);
+    this.#sent = picture;
     return memory;
   }
 
