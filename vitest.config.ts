@@ -4,7 +4,8 @@ import { defineConfig } from "vitest/config";
 const long = ["test/**/*.long.ts", "test/bad-requests.test.ts", "test/goldens.test.ts"];
 const include = process.env.LONG ? long : ["test/**/*.test.ts"];
 
-// Files run one after the other: several load the model, and the machine may have two cores.
+// Files run one after the other: several load the model, and the machine may have two cores. Tests that only start a process
+// and look at what it says run two at a time.
 export default defineConfig({
-  test: { include, fileParallelism: false, testTimeout: 60_000, hookTimeout: 60_000 },
+  test: { include, fileParallelism: false, maxConcurrency: 2, testTimeout: 60_000, hookTimeout: 60_000 },
 });

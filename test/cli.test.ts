@@ -20,7 +20,7 @@ async function json(...args: string[]) {
   return JSON.parse(stdout);
 }
 
-describe("--json", () => {
+describe.concurrent("--json", () => {
   const shape = ["--total-token", "30", "--depth", "3", "--top-k-draft", "8"];
 
   test("gives the documented fields, which agree with each other", async () => {
@@ -156,7 +156,7 @@ describe("on a terminal", () => {
   });
 });
 
-describe("the command line", () => {
+describe.concurrent("the command line", () => {
   test.each([[[]], [["--help"]], [["help"]], [["generate", "--help"]]])("%j shows every command", async (args) => {
     const { code, stdout, stderr } = await vispec(args);
     expect({ code, stderr }).toEqual({ code: 0, stderr: "" });
