@@ -1,7 +1,8 @@
 import { defineConfig } from "vitest/config";
 
 /** What takes longer than npm test may is run by npm run test:long, and files that do more there. */
-const long = ["test/**/*.long.ts", "test/bad-requests.test.ts", "test/goldens.test.ts"];
+const more = ["bad-requests", "goldens", "service", "start"].map((name) => `test/${name}.test.ts`);
+const long = ["test/**/*.long.ts", ...more];
 const include = process.env.LONG ? long : ["test/**/*.test.ts"];
 
 // Files run one after the other: several load the model, and the machine may have two cores. Tests that only start a process

@@ -7,6 +7,8 @@ import { Checkpoint } from "./support/checkpoint.ts";
 import { type Running, start, startVispec } from "./support/cli.ts";
 import { cases } from "./support/goldens.ts";
 
+/** In npm run test:long. */
+const long = test.runIf(process.env.LONG);
 const running: Running[] = [];
 // After a test that failed: the whole group, for npm alone would leave the others running.
 afterEach(() => {
@@ -71,7 +73,7 @@ test("npm start prints a curl command that answers as pasted, and ends on Ctrl-C
   await refused(url);
 });
 
-test("SIGTERM lets the ten streams of npm start end whole, refuses new requests, and ends everything", async () => {
+long("SIGTERM lets the ten streams of npm start end whole, refuses new requests, and ends everything", async () => {
   using checkpoint = new Checkpoint().endless();
   const npm = start("npm", ["start", "--", "--concurrency", "1", "--model", checkpoint.folder], { PORT: "0" });
   running.push(npm);
