@@ -22,7 +22,7 @@ const BLOCKS = {
 /** Blocks of 32 rows where the new columns lie in two tiles: they leave room for the product that comes next. */
 const FEW = { most: 64, across: 4, stages: 3 };
 const PROMPT = { across: 1, stages: 3 };
-/** Splits from which on smaller blocks are better than more splits. */
+/** Splits from which on more gain little (measured on an H100), and smaller blocks leave room for what comes next. */
 const ENOUGH = 4;
 /** Blocks of a cluster, where the GPU has clusters (Hopper); 8 is the most that every such GPU can hold. */
 const SPLITS = [8, 6, 4, 3, 2] as const;
@@ -106,7 +106,8 @@ export interface Gpu {
 /**
  * Of trees of so many tokens on average, `most` at most: as many splits as the GPU holds at once, of the smallest blocks
  * that have ENOUGH, else of those that have more; where several sequences leave no room for two splits, one, in the blocks
- * that the GPU is through with in the fewest turns. Never depends on how many columns there are, which a captured launch can't know.
+ * that the GPU is through with in the fewest turns. Never depends on how many columns there are, which a captured launch
+ * can't know.
  */
 function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu: Gpu, most = tokens): Grid {
   const { heads, kvHeads, headSize } = shape;
@@ -132,7 +133,6 @@ function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu:
     const splits = SPLITS.find((n) => turns(grid(warps, n)) <= 1);
     return splits ? [grid(warps, splits)] : [];
   });
-  // More splits gain little from there on (measured on an H100), and smaller blocks leave room for what comes next.
   const enough = fits.find((g) => g.splits >= ENOUGH) ?? fits.sort((a, b) => b.splits - a.splits)[0];
   if (enough) return enough;
   const [low, high = low] = heights;

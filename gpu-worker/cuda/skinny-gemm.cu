@@ -6,7 +6,8 @@
 // multiprocessor (stream-K: Osama et al., 2023). The tensor cores take the weights as their 64 rows and the rows of x as
 // their columns, so that few rows cost little. Parts of a tile are summed in the blocks' order by the block that begins
 // it, or by its first ones, which wait for the others (all run: there is a multiprocessor for each): sums depend neither on
-// the number of rows nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and no flag is waited for.
+// the number of rows nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and no flag is
+// waited for.
 //
 // A block starts as soon as the product before has left its multiprocessor, and fills its ring while the kernels between
 // run, so that memory is hardly ever idle. It asks no faster than memory can give to all (PACE): else what the kernels
@@ -42,7 +43,7 @@ struct Deal {
 
 // No float that is computed: as bits, what memory is filled with.
 #define NOTHING 0xffffffffu
-// Rows of parts of a tile that are much for a block to read.
+// Rows of other blocks' parts that are much for one block to read (measured on an H100).
 #define MUCH 192
 
 __device__ __forceinline__ float4 take(const float4* from) {
