@@ -92,10 +92,10 @@ async function together(cpu: LocalEngine, engine: LocalEngine, cases: Case[], al
   return await ties(cpu, cases, steps.map(tokensOf), alone, `${what} together`); // biome-ignore format: one line
 }
 
-/** Inner numbers and columns: odd edges, less than a block's share, a tile in many parts. */
-const SHAPES = [[200, 136], [64, 8], [3000, 520]]; // biome-ignore format: one line
+/** Inner numbers and columns: odd edges, less than a block's share, a tile in many parts, more tiles than blocks. */
+const SHAPES = [[200, 136], [64, 8], [3000, 520], [136, 19000]]; // biome-ignore format: one line
 /** Of the largest in float32. */
-const BYTES = 8 << 20;
+const BYTES = 12 << 20;
 
 /** Smooth and noisy numbers between -1 and 1, always the same. */
 const number = (i: number) => Math.sin(i * 0.001) * 0.5 + (((i * 7919) % 257) / 257 - 0.5);
@@ -139,19 +139,22 @@ function multiplied(dtype: "f16" | "bf16"): void {
   for (const [inner, columns] of SHAPES) {
     const [w, x, y] = [put(inner * columns, 1), put(64 * inner, 3), put(64 * columns, 1)];
     const [weights, inputs] = [read(w, inner * columns), read(x, 64 * inner)];
+    const sums = Float64Array.from({ length: 64 * columns }, (_, at) => {
+      let sum = 0;
+      const [r, c] = [Math.floor(at / columns), at % columns];
+      for (let i = 0; i < inner; i++) sum += inputs[r * inner + i] * weights[i * columns + c];
+      return sum;
+    });
     for (const roughly of [false, true]) {
       let first: Float32Array | undefined;
       for (const rows of [1, 8, 10, 16, 32, 50, 64]) {
         products.launch(y, x, w, { rows, inner, columns }, roughly);
         const out = read(y, rows * columns);
         let [off, all] = [0, 0];
-        for (let r = 0; r < rows; r++)
-          for (let c = 0; c < columns; c++) {
-            let sum = 0;
-            for (let i = 0; i < inner; i++) sum += inputs[r * inner + i] * weights[i * columns + c];
-            off += (out[r * columns + c] - sum) ** 2;
-            all += sum ** 2;
-          }
+        for (const [i, value] of out.entries()) {
+          off += (value - sums[i]) ** 2;
+          all += sums[i] ** 2;
+        }
         const what = `${dtype}, ${rows} rows of [${inner},${columns}]${roughly ? " roughly" : ""}`;
         check(Math.sqrt(off / all) < (roughly ? 0.01 : 0.004), `${what}: off by ${Math.sqrt(off / all)}`);
         first ??= out;

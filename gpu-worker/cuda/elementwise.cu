@@ -101,6 +101,33 @@ extern "C" __global__ void pairRows(void* out, const void* keep, const void* tab
   for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) *(u32*)(to + i) = kept ? *(const u32*)(from + i) : 0;
 }
 
+// sum[r] = x[r] + y[r], or + y[0] where y has one row; behind its `count` rows, picked[i] = sum[rows[i]]. A block a row of
+// either; eight values a thread where they are narrow.
+extern "C" __global__ void addRows(void* sum, void* picked, const void* x, const void* y, const long long* rows, int count,
+                                   int yRows, int width, int type) {
+  letFollow();
+  awaitInputs();
+  const bool picks = (int)blockIdx.x >= count;
+  const long long from = picks ? rows[blockIdx.x - count] : blockIdx.x;
+  const long long row = from * width, yRow = yRows == 1 ? 0 : row;
+  void* const to = picks ? picked : sum;
+  const long long toRow = (picks ? blockIdx.x - count : from) * (long long)width;
+  if (type == 0 || width % 8 != 0) {
+    for (int i = threadIdx.x; i < width; i += blockDim.x)
+      store(to, toRow + i, load(x, row + i, type) + load(y, yRow + i, type), type);
+    return;
+  }
+  for (int i = threadIdx.x * 8; i < width; i += blockDim.x * 8) {
+    const uint4 a = *(const uint4*)((const u16*)x + row + i), b = *(const uint4*)((const u16*)y + yRow + i);
+    uint4 made;
+    const u32 *pa = &a.x, *pb = &b.x;
+#pragma unroll
+    for (int k = 0; k < 4; k++)
+      (&made.x)[k] = pair(widen((u16)pa[k], type) + widen((u16)pb[k], type), widen(pa[k] >> 16, type) + widen(pb[k] >> 16, type), type);
+    *(uint4*)((u16*)to + toRow + i) = made;
+  }
+}
+
 // Sum of a value over the block's threads, in every one of them.
 __device__ __forceinline__ float blockSum(float x) {
   __shared__ float sums[32];

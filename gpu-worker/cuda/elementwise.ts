@@ -12,6 +12,7 @@ const NAMES = [
   "turn",
   "gatherRows",
   "pairRows",
+  "addRows",
   "gatedSilu",
   "addRmsNorm",
   "readAll",
@@ -42,6 +43,9 @@ function structOf({ base, rowBytes, planes, count, table, blockBytes }: Planes):
   const planeBytes = (table === undefined ? count : BLOCK_ROWS) * rowBytes;
   return BigUint64Array.of(base, table ?? 0n, BigInt(blockBytes ?? planes * planeBytes), BigInt(planeBytes));
 }
+
+/** Threads of a block that has a row, eight values each. */
+const rowThreads = (width: number) => Math.min(1024, Math.ceil(width / 8 / 32) * 32);
 
 /** Every method queues one kernel; pointers are device addresses. */
 export class Elementwise {
@@ -121,6 +125,17 @@ export class Elementwise {
     this.#kernels.pairRows.launch(grid, THREADS, 0, out, keep, table, ids, hidden, hiddenRows, width, TYPES[type]);
   }
 
+  /** x [rows,width] + y [rows or 1,width] to sum; and sum[index], index i64 [picks], to picked, if there is any. */
+  addRows(
+    { sum, picked }: { sum: bigint; picked: bigint },
+    { x, y, index }: { x: bigint; y: bigint; index: bigint },
+    { rows, yRows, picks, width }: Record<"rows" | "yRows" | "picks" | "width", number>,
+    type: Float,
+  ): void {
+    const numbers = [rows, yRows, width, TYPES[type]];
+    this.#kernels.addRows.launch([rows + picks, 1, 1], rowThreads(width), 0, sum, picked, x, y, index, ...numbers);
+  }
+
   /** x [rows,width] + residual (or 0n) to sum, and sum / rms(sum) · weight [width] to norm; width even. */
   addRmsNorm(
     { norm, sum }: { norm: bigint; sum: bigint },
@@ -130,9 +145,8 @@ export class Elementwise {
     epsilon: number,
     type: Float,
   ): void {
-    const threads = Math.min(1024, Math.ceil(width / 8 / 32) * 32);
     const numbers = [width, TYPES[type], { float: epsilon }];
-    this.#kernels.addRmsNorm.launch([rows, 1, 1], threads, 0, norm, sum, x, residual, weight, ...numbers);
+    this.#kernels.addRmsNorm.launch([rows, 1, 1], rowThreads(width), 0, norm, sum, x, residual, weight, ...numbers);
   }
 
   /** Reads bytes (a multiple of 16) once and forgets them: what a bandwidth is measured by. */

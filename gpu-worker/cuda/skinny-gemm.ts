@@ -20,6 +20,8 @@ type Height = (typeof HEIGHTS)[number];
 const SHARED = 230_000;
 /** With so many, no two blocks fit on one: of one product they would leave another multiprocessor without. */
 const MORE_THAN_HALF = 115_600;
+/** Parts of the multiprocessors that are enough: where every tile has as many blocks, and elsewhere (H100). */
+const ENOUGH = { even: 0.7, odd: 0.94 };
 /** Of the ring's beginning. */
 const ALIGNMENT = 1024;
 
@@ -34,6 +36,8 @@ export interface ByteMatrix {
   data: bigint;
   scales: bigint;
 }
+
+const gcd = (a: number, b: number): number => (b === 0 ? a : gcd(b, a % b));
 
 /** Its scratch memory serves one launch at a time, as one stream gives. */
 export class SkinnyGemm {
@@ -81,6 +85,19 @@ export class SkinnyGemm {
   }
 
   /**
+   * Blocks for so many tiles and units: where many of them begin with a tile, few parts have to be joined. Some idle
+   * multiprocessors do no harm then, the others read as fast as memory gives; but bytes need all, to widen them.
+   */
+  #blocksFor(tiles: number, units: number, bytes: 1 | 2): number {
+    const most = Math.min(this.#blocks, units);
+    if (bytes === 1) return most;
+    const even = tiles * Math.floor(most / tiles);
+    if (even >= ENOUGH.even * most) return even;
+    for (let blocks = most; blocks >= ENOUGH.odd * most; blocks--) if (3 * gcd(tiles, blocks) >= blocks) return blocks;
+    return most;
+  }
+
+  /**
    * Queues y [rows,columns] = x [rows,inner] · w [inner,columns]; `beside`: bytes of shared memory of the kernel before,
    * which it shall run beside.
    */
@@ -91,9 +108,9 @@ export class SkinnyGemm {
     const fit = Math.max(3, Math.floor((SHARED - beside - ALIGNMENT) / stage));
     const stages = Math.min(STAGES[bytes][height], fit);
     const shared = Math.max(stages * stage + ALIGNMENT, MORE_THAN_HALF);
-    const units = Math.ceil(columns / COLUMNS) * Math.ceil(inner / DEPTH);
+    const tiles = Math.ceil(columns / COLUMNS);
     this.#kernels[bytes][height].launch(
-      [Math.min(this.#blocks, units), 1, 1],
+      [this.#blocksFor(tiles, tiles * Math.ceil(inner / DEPTH), bytes), 1, 1],
       THREADS,
       shared,
       ...(typeof w === "bigint" ? [tensorMap(w, [columns, inner], [BOX_COLUMNS, DEPTH])] : [w.data, w.scales]),

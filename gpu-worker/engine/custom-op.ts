@@ -1,7 +1,10 @@
 /** Operators of our own in ONNX Runtime's graphs: struct OrtCustomOp, made of callbacks into JavaScript. */
 import koffi from "koffi";
 
-/** An operator whose inputs are in the device's memory and whose first has rank 2; its outputs have rank 2 and the first's type. */
+/**
+ * An operator whose inputs are in the device's memory and whose first has rank 2; its outputs have rank 2 and the first's
+ * type, and as many rows as it unless said otherwise.
+ */
 export interface CustomOp {
   name: string;
   /** ONNXTensorElementDataType of each input. */
@@ -12,12 +15,14 @@ export interface CustomOp {
   outputs?: number;
   /** Columns of each output, for so many of the first input. */
   columns(columns: number, dims: Dims): number;
+  /** Index of the input that has as many rows as each output. */
+  rowsOf?: readonly number[];
   /** Queues the kernel; the input that was left out is 0n. */
   compute(inputs: readonly bigint[], outputs: readonly bigint[], shape: OpShape): void;
 }
 
-/** Dimensions of an input of rank 2. */
-type Dims = (input: number) => readonly [number, number];
+/** Dimensions of an input of rank 2, or how many values one of rank 1 has. */
+type Dims = (input: number) => readonly number[];
 
 /** Rows and columns of the first input, columns of the outputs. */
 export interface OpShape {
@@ -33,7 +38,6 @@ export interface KernelApi {
   input(context: bigint, index: number): bigint;
   /** Address of an output, made with these dimensions. */
   output(context: bigint, index: number, dims: BigInt64Array): bigint;
-  /** Dimensions of an input of rank 2. */
   dims(context: bigint, index: number): BigInt64Array;
 }
 
@@ -65,14 +69,11 @@ export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) 
   const compute = (_kernel: bigint, context: bigint) => {
     try {
       const inputs = op.inputs.map((_, i) => api.input(context, i));
-      const of: Dims = (input) => {
-        const [height, width] = api.dims(context, input);
-        return [Number(height), Number(width)];
-      };
+      const of: Dims = (input) => Array.from(api.dims(context, input), Number);
       const [rows, columns] = of(0);
       const width = op.columns(columns, of);
-      const dims = BigInt64Array.of(BigInt(rows), BigInt(width));
-      const outputs = Array.from({ length: op.outputs ?? 1 }, (_, i) => api.output(context, i, dims));
+      const made = (i: number) => BigInt64Array.of(BigInt(op.rowsOf ? of(op.rowsOf[i])[0] : rows), BigInt(width));
+      const outputs = Array.from({ length: op.outputs ?? 1 }, (_, i) => api.output(context, i, made(i)));
       op.compute(inputs, outputs, { rows, columns, width, dims: of });
     } catch (error) {
       failed(error);

@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { z } from "zod";
 import { CheckpointError } from "../../shared/errors.ts";
 import { Graph, type GraphOptions, type StoredTensor, type Value } from "../graph/graph.ts";
-import { add, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
+import { add, addPickRows, addRows, logSoftmax, mul, softmax } from "../ops/elementwise.ts";
 import { boundProduct, gemm, int8MatMul, matMul } from "../ops/matmul.ts";
 import { concat, gather, pairRows, reshape, slice, topK, transpose } from "../ops/shape.ts";
 import { parseConfig } from "./config.ts";
@@ -210,7 +210,7 @@ export function draftGraph(
     ? pairRows(g, keep, g.bind([table]), ids, hidden, hiddenRows)
     : mul(g, concat(g, [embedding(g, table, ids), gather(g, hidden, hiddenRows)], 1), keep);
   const fused = g.binds
-    ? add(g, boundProduct(g, kept, g.input("folded", g.dtype, [2 * d, d])), rowBias)
+    ? addRows(g, boundProduct(g, kept, g.input("folded", g.dtype, [2 * d, d])), rowBias)
     : options.int8
       ? add(g, int8MatMul(g, kept, transpose(g, folded(g, c, w), [1, 0])), rowBias)
       : gemm(g, kept, folded(g, c, w), rowBias);
@@ -218,14 +218,15 @@ export function draftGraph(
   const x = g.binds ? fused : reshape(g, fused, [1, -1, d], "T");
   const attended = cachedAttention(g, x, w, "layers.0.self_attn", 0, cache, c);
   const [mlp, sum] = mlpBlock(g, attended, x, w, "layers.0", c);
-  const sums = add(g, mlp, sum);
-  const out = g.binds ? sums : reshape(g, sums, [-1, d], "T");
-  g.output("out", out);
-  const wanted = gather(g, out, logitRows);
   if (g.binds) {
+    const [out, wanted] = addPickRows(g, mlp, sum, logitRows);
+    g.output("out", out);
     g.output("logits", boundProduct(g, wanted, g.bind([head], { turned: true, picked: vocabulary })));
     return g;
   }
+  const out = reshape(g, add(g, mlp, sum), [-1, d], "T");
+  g.output("out", out);
+  const wanted = gather(g, out, logitRows);
   const [logProbs, tokens] = topK(g, logSoftmax(g, linear(g, wanted, [head])), g.input("k", "i64", [1]));
   g.output("log_probs", logProbs);
   g.output("tokens", tokens);

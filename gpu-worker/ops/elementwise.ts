@@ -41,6 +41,19 @@ export function gatedSilu(g: Graph, x: Value): Value {
   return g.node("GatedSilu", [x], [{ dtype: x.dtype, shape }], {}, CUSTOM_DOMAIN)[0];
 }
 
+/** x [T,D] + y [T or 1,D] in a kernel of our own. */
+export function addRows(g: Graph, x: Value, y: Value): Value {
+  return g.node("AddRows", [x, y], [{ dtype: x.dtype, shape: x.shape }], {}, CUSTOM_DOMAIN)[0];
+}
+
+/** x + y, [T,D], and its rows `index` [K] i64, in a kernel of our own. */
+export function addPickRows(g: Graph, x: Value, y: Value, index: Value): [sum: Value, picked: Value] {
+  const shapes = [x.shape, [index.shape[0], x.shape[1]]];
+  const outputs = shapes.map((shape) => ({ dtype: x.dtype, shape }));
+  const [sum, picked] = g.node("AddPickRows", [x, y, index], outputs, {}, CUSTOM_DOMAIN);
+  return [sum, picked];
+}
+
 /** Exact (erf) GELU. */
 export function gelu(g: Graph, x: Value): Value {
   return g.node("Gelu", [x], [{ dtype: x.dtype, shape: x.shape }])[0];

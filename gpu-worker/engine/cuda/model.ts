@@ -21,7 +21,7 @@ import { PrefixCache } from "../prefix-cache.ts";
 import type { FixedInput, Runtime, Session } from "../runtime.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
 import { Blocks, PagedCache } from "./memory.ts";
-import { addRmsNormOp, attentionOp, gatedSiluOp, linearOp, pairRowsOp } from "./operators.ts";
+import { addRmsNormOp, addRowsOp, attentionOp, gatedSiluOp, linearOp, pairRowsOp } from "./operators.ts";
 import { CudaPassage } from "./passage.ts";
 import { type DeviceRows, deviceRows } from "./shared-rows.ts";
 import { DeviceWeights } from "./weights.ts";
@@ -120,6 +120,7 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   if (drafting) {
     const { epsilon, hidden } = drafting.config;
     ops.push(pairRowsOp(elementwise, dtype, hidden), linearOp(products, dtype, true));
+    for (const picks of [false, true]) ops.push(addRowsOp(elementwise, dtype, picks));
     ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, draftCache!.paging, products));
     if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, dtype, epsilon));
   }

@@ -54,6 +54,21 @@ export function pairRowsOp(elementwise: Elementwise, dtype: Float, width: number
   };
 }
 
+/** x + y, whose rows may be one for all; `picks`: and rows of the sum by index. */
+export function addRowsOp(elementwise: Elementwise, dtype: Float, picks: boolean): CustomOp {
+  const [float, i64] = [DTYPES[dtype].onnx, DTYPES.i64.onnx];
+  return {
+    name: picks ? "AddPickRows" : "AddRows",
+    inputs: picks ? [float, float, i64] : [float, float],
+    ...(picks && { outputs: 2, rowsOf: [0, 2] }),
+    columns: (columns) => columns,
+    compute([x, y, index = 0n], [sum, picked = 0n], { rows, columns: width, dims }) {
+      const [[yRows], [count]] = [dims(1), picks ? dims(2) : [0]];
+      elementwise.addRows({ sum, picked }, { x, y, index }, { rows, yRows, picks: count, width }, dtype);
+    },
+  };
+}
+
 export function addRmsNormOp(elementwise: Elementwise, dtype: Float, epsilon: number): CustomOp {
   const float = DTYPES[dtype].onnx;
   return {
