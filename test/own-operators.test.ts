@@ -19,6 +19,7 @@ import { gatedSilu } from "../gpu-worker/ops/elementwise.ts";
 import { families, MODEL, maxDifference } from "./support/goldens.ts";
 import {
   addRmsNormOp,
+  addRowsOp,
   attentionOp,
   bytesAt,
   gatedSiluOp,
@@ -56,7 +57,7 @@ function run(runtime: Runtime, { graph, session }: Runnable, given: Given, cache
   using binding = session.binding();
   const outputs: Record<string, Tensor> = {};
   const [T, K, k] = [given.ids?.length, given.logit_rows?.length, given.k?.[0]];
-  const sizes: Record<string, number> = { M: ROWS, T, B: T, K, k }; // a sum of T and of B rows is said to have B
+  const sizes: Record<string, number> = { M: ROWS, T, K, k };
   for (const { name, dtype, shape } of graph.inputs) {
     const data = given[name];
     const cached = name.startsWith("key.") || name.startsWith("value.");
@@ -117,7 +118,8 @@ describe.each(families)("$name", ({ model }) => {
     runtime = new Runtime();
     const attentions = [attentionOp(TARGET_ATTENTION, language, ROWS), attentionOp(DRAFT_ATTENTION, drafting, ROWS)];
     const norms = [...new Set([language.epsilon, drafting.epsilon])].map(addRmsNormOp);
-    runtime.addCustomOps(CUSTOM_DOMAIN, [...attentions, ...norms, gatedSiluOp, linearOp, pairRowsOp(width)]);
+    const sums = [addRowsOp(false), addRowsOp(true)];
+    runtime.addCustomOps(CUSTOM_DOMAIN, [...attentions, ...norms, ...sums, gatedSiluOp, linearOp, pairRowsOp(width)]);
     const weightsOf = weightsOn(runtime);
     load = (graph, more = []) => {
       const fixed = [...weightsOf(graph), ...more];

@@ -129,6 +129,25 @@ export function addRmsNormOp(epsilon: number): CustomOp {
   };
 }
 
+export function addRowsOp(picks: boolean): CustomOp {
+  return {
+    name: picks ? "AddPickRows" : "AddRows",
+    inputs: picks ? [F32, F32, I64] : [F32, F32],
+    ...(picks && { outputs: 2, rowsOf: [0, 2] }),
+    columns: (columns) => columns,
+    compute([x, y, index], [sum, picked], { rows, columns, dims }) {
+      const [from, other, sums] = [f32(x, rows * columns), f32(y, dims(1)[0] * columns), f32(sum, rows * columns)];
+      for (const [i, value] of from.entries()) sums[i] = value + other[i % other.length];
+      if (!picks) return;
+      for (const [i, row] of i64(index, dims(2)[0]).entries())
+        f32(picked, dims(2)[0] * columns).set(
+          sums.subarray(Number(row) * columns, (Number(row) + 1) * columns),
+          i * columns,
+        );
+    },
+  };
+}
+
 export function pairRowsOp(width: number): CustomOp {
   return {
     name: "PairRows",
