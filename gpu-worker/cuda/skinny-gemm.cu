@@ -3,11 +3,11 @@
 //
 // A tile is 128 columns; a unit is 64 inner numbers of it, 16 KB of weights (8 as bytes), which the copy engine brings into
 // a ring in shared memory (TMA, in rows of 128 swizzled bytes). Units of all tiles are dealt equally to the blocks, no more
-// than one a multiprocessor (stream-K: Osama et al., 2023). The tensor cores take the weights as their 64 rows and the rows of x as
-// their columns, so that few rows cost little. Parts of a tile are summed in the blocks' order by the block that begins
-// it, or by its first ones, which wait for the others (all run: there is a multiprocessor for each): sums depend neither on
-// the number of rows nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and no flag is
-// waited for.
+// than one a multiprocessor (stream-K: Osama et al., 2023). The tensor cores take the weights as their 64 rows and the rows
+// of x as their columns, so that few rows cost little. Parts of a tile are summed in the blocks' order by the block that
+// begins it, or by its first ones, which wait for the others (all run: there is a multiprocessor for each): sums depend
+// neither on the number of rows nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and
+// no flag is waited for.
 //
 // A block starts as soon as the product before has left its multiprocessor, and fills its ring while the kernels between
 // run, so that memory is hardly ever idle. It asks no faster than memory can give to all (PACE): else what the kernels
