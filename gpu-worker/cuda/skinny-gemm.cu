@@ -2,16 +2,21 @@
 // of reading w once. skinny-weights.cu goes before.
 //
 // A tile is 128 columns; a unit is 64 inner numbers of it, 16 KB of weights (8 as bytes), which the copy engine brings into
-// a ring in shared memory (TMA, in rows of 128 swizzled bytes). Units of all tiles are dealt equally to the blocks, no more
-// than one a multiprocessor (stream-K: Osama et al., 2023). The tensor cores take the weights as their 64 rows and the rows
-// of x as their columns, so that few rows cost little. Parts of a tile are summed in the blocks' order by the block that
-// begins it, or by its first ones, which wait for the others (all run: there is a multiprocessor for each): sums depend
-// neither on the number of rows nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and
-// no flag is waited for.
+// a ring in shared memory (TMA, in rows of 128 swizzled bytes). Units of all tiles are dealt to the blocks, no more than one a
+// multiprocessor (stream-K: Osama et al., 2023). The tensor cores take the weights as their 64 rows and the rows of x as
+// their columns, so that few rows cost little. Parts of a tile come through the ring to the block that begins it, which sums
+// them in the blocks' order and waits for the others (all run: there is a multiprocessor for each): sums depend neither on the
+// number of rows nor on who was faster. A part's place holds NOTHING until it is there, so that no fence and no flag is
+// waited for.
 //
 // A block starts as soon as the product before has left its multiprocessor, and fills its ring while the kernels between
-// run, so that memory is hardly ever idle. It asks no faster than memory can give to all (PACE): else what the kernels
-// between wait for comes late.
+// run, then the second cache with what comes next, so that memory is hardly ever idle. It asks no faster than memory can give
+// to all (PACE): else what the kernels between wait for comes late.
+
+// Units by which the block that sums a tile has more than the others, so that their parts are there when it is through.
+#define BONUS 2
+// Units that a block asks the second cache for, at most: of all blocks 35 MB, which is most of what an H100's holds.
+#define AHEAD 16
 
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 x;
@@ -28,32 +33,34 @@ __device__ __forceinline__ u32 transposed(u32 x) {
   return y;
 }
 
-__device__ __forceinline__ void together() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
-
-// How units are dealt: block b has those from `first(b)` on. Nothing here exceeds 32 bits.
+// How units are dealt: block b has those from `first(b)` on, equally many; or, where every tile has the same number of blocks
+// (`each`, else 0), the one that sums has `own`. Nothing here exceeds 32 bits.
 struct Deal {
-  u32 units, total;
+  u32 units, tiles, total, each, own;
   __device__ Deal(int inner, int columns)
-      : units((inner + DEPTH - 1) / DEPTH), total(units * ((columns + COLUMNS - 1) / COLUMNS)) {}
-  __device__ int first(u32 block) const { return total * block / gridDim.x; }
+      : units((inner + DEPTH - 1) / DEPTH), tiles((columns + COLUMNS - 1) / COLUMNS), total(units * tiles),
+        each(gridDim.x % tiles == 0 ? gridDim.x / tiles : 0), own(units) {
+    if (each > 1) own = min(units - (each - 1), (units + each - 1) / each + BONUS);
+  }
+  __device__ int first(u32 block) const {
+    if (each == 0) return total * block / gridDim.x;
+    const u32 rank = block % each;
+    return block / each * units + (rank == 0 ? 0 : own + (units - own) * (rank - 1) / (each - 1));
+  }
   __device__ int owner(u32 unit) const { return ((unit + 1) * gridDim.x - 1) / total; }
+  __device__ int low(u32 tile) const { return each ? tile * each : owner(tile * units); }
+  __device__ int high(u32 tile) const { return each ? (tile + 1) * each - 1 : owner((tile + 1) * units - 1); }
   __device__ int tile(u32 unit) const { return unit / units; }
   __device__ int depth(u32 unit) const { return unit % units * DEPTH; }
 };
 
 // No float that is computed: as bits, what memory is filled with.
 #define NOTHING 0xffffffffu
-// Rows of other blocks' parts that are much for one block to read (measured on an H100).
-#define MUCH 192
-
 __device__ __forceinline__ float4 take(const float4* from) {
   float4 x;
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from) : "memory");
   return x;
-}
-__device__ __forceinline__ void copy16(float4* to, const float4* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(from) : "memory");
 }
 __device__ __forceinline__ void put(float4* to, float4 x, bool real = true) {
 #pragma unroll
@@ -84,64 +91,24 @@ __device__ __forceinline__ void operator+=(float4& sum, const float4& x) {
   sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
 }
 
-// A tile's parts, each of pieces of 8 rows, [ROWS / 8,CONSUMERS]: summed by the block that begins it, or, if they are much to
-// read, by its first SHARE blocks, which divide the pieces. Whoever sums has the tile as its last. For all but the one that
-// begins it, it is their first: so a block has one place for what it leaves of a tile that it begins, and one of another.
-template <int ROWS> struct Parts {
-  static constexpr int PIECES = ROWS / 8, PART = PIECES * CONSUMERS, SHARE = PIECES < 4 ? PIECES : 4;
-  int low, high, self;
-  bool shared;
+// A tile's parts, each of pieces of 8 rows, [ROWS / 8,CONSUMERS], which the block that begins the tile sums. It has the tile as
+// its last, all others as their first: so a block leaves one part. PER pieces find place in a stage of the ring.
+template <int ROWS, int STAGE> struct Parts {
+  static constexpr int PIECES = ROWS / 8, PART = PIECES * CONSUMERS, PIECE_BYTES = CONSUMERS * 16;
+  static constexpr int FIT = STAGE / PIECE_BYTES, PER = FIT < PIECES ? FIT : PIECES, TIMES = (PIECES + PER - 1) / PER;
+
+  int low, high;
   float4* all;
 
-  __device__ Parts(const Deal& deal, int tile, float4* all)
-      : low(deal.owner(tile * deal.units)), high(deal.owner((tile + 1) * deal.units - 1)), self(blockIdx.x),
-        shared(PIECES > 1 && (high - low) * ROWS >= MUCH && high - low >= SHARE), all(all + threadIdx.x) {}
-
-  __device__ bool sums() const { return self - low < (shared ? SHARE : 1); }
-  __device__ bool sums(int piece) const { return self - low == (shared ? piece % SHARE : 0); }
-  __device__ float4* place(int block, int piece) const {
-    return all + (block + (block == low ? gridDim.x : 0)) * PART + piece * CONSUMERS;
-  }
-  __device__ void leave(const float4 (&acc)[PIECES]) const {
-#pragma unroll
-    for (int j = 0; j < PIECES; j++)
-      if (!sums(j)) put(place(self, j), acc[j]);
-  }
-  // Of the pieces that this block sums, acc becomes the sum. `memory` of `bytes` is what the products were made of.
-  template <bool SHARED> __device__ void add(float4 (&acc)[PIECES], char* memory, int bytes) const {
-    constexpr int STEP = SHARED ? SHARE : 1, EACH = PIECES / STEP;
-    const int lane = threadIdx.x % 32, turn = SHARED ? self - low : 0, fit = bytes / (EACH * CONSUMERS * 16);
-    float4* const here = (float4*)memory + threadIdx.x; // [fit,EACH,CONSUMERS]
-    for (int from = SHARED ? low : low + 1; from <= high; from += fit) {
-      const int count = min(fit, high + 1 - from);
-      const auto another = [&](int n) { return !SHARED || from + n != self; };
-      // All threads' looking for all of it would take the second cache's whole bandwidth: they look at one number a part,
-      // of what is written last.
-      for (int n = lane; n < count; n += 32)
-        if (another(n)) seen(&(place(from + n, PIECES - STEP + turn) - lane)->x);
-      together(); // the memory is free when all warps are through with their products
-#pragma unroll
-      for (int j = 0; j < PIECES; j++)
-        if (SHARED && from == low && j % STEP == turn) here[(turn * EACH + j / STEP) * CONSUMERS] = acc[j];
-#pragma unroll 1
-      for (int n = 0; n < count; n++)
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-          if (another(n)) copy16(here + (n * EACH + i) * CONSUMERS, place(from + n, i * STEP + turn));
-      asm volatile("cp.async.wait_all;" ::: "memory");
-#pragma unroll 1
-      for (int n = 0; n < count; n++)
-#pragma unroll
-        for (int j = 0; j < PIECES; j++) {
-          if (j % STEP != turn) continue;
-          float4 part = here[(n * EACH + j / STEP) * CONSUMERS];
-          if (another(n)) part = await(place(from + n, j), part);
-          if (SHARED && from + n == low) acc[j] = part;
-          else acc[j] += part;
-        }
-    }
-  }
+  __device__ Parts(const Deal& deal, int tile, float4* all) : low(deal.low(tile)), high(deal.high(tile)), all(all) {}
+  __device__ bool sums() const { return (int)blockIdx.x == low; }
+  __device__ float4* piece(int block, int j) const { return all + block * PART + j * CONSUMERS; }
 };
+
+__device__ __forceinline__ void bringBytes(void* to, const void* from, int bytes, u64* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared(to)),
+               "l"(from), "r"(bytes), "r"(shared(barrier)) : "memory");
+}
 
 // A thread has of 8 rows of x two, and of a warp's 16 columns one and the eighth after it; turned, two columns of a row.
 template <class Weights>
@@ -173,8 +140,9 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
   }
   __syncthreads();
   if (threadIdx.x >= CONSUMERS) {
-    const bool first = threadIdx.x == CONSUMERS, second = threadIdx.x == CONSUMERS + 32;
-    if (!first && !second) return;
+    const int lane = threadIdx.x % 32;
+    const bool first = threadIdx.x < CONSUMERS + 32;
+    if (!first && lane > 0) return;
     u64 once, often;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
@@ -182,7 +150,7 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
     auto inputs = [&](int i, int stage) {
       bring(ring + stage * STAGE + Weights::BYTES, x, deal.depth(begin + i), 0, full + stage, often);
     };
-    if (second) {
+    if (!first) {
       awaitInputs();
       letFollow();
       begun = 1;
@@ -194,19 +162,43 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
       expect(full + stage, STAGE);
       w.come(ring + stage * STAGE, deal.tile(unit), deal.depth(unit), unit, full + stage, once);
     };
-    long long next = clock64();
-    for (int i = 0; i < ahead; i++) {
-      while (!begun && clock64() < next) continue;
-      next += Weights::PACE;
-      weights(i, i);
+    if (lane == 0) {
+      long long next = clock64();
+      for (int i = 0; i < ahead; i++) {
+        while (!begun && clock64() < next) continue;
+        next += Weights::PACE;
+        weights(i, i);
+      }
+      for (int i = ahead; i < min(count, ahead + AHEAD); i++) {
+        while (!begun && clock64() < next) continue;
+        if (begun) break;
+        next += Weights::PACE;
+        w.prefetch(deal.tile(begin + i), deal.depth(begin + i), begin + i);
+      }
+      awaitInputs();
+      letFollow();
+      for (int i = ahead, stage = 0, turn = 0; i < count; i++) {
+        waitFor(empty + stage, turn);
+        weights(i, stage);
+        inputs(i, stage);
+        if (++stage == stages) stage = 0, turn ^= 1;
+      }
     }
-    awaitInputs();
-    letFollow();
-    for (int i = ahead, stage = 0, turn = 0; i < count; i++) {
-      waitFor(empty + stage, turn);
-      weights(i, stage);
-      inputs(i, stage);
-      if (++stage == stages) stage = 0, turn ^= 1;
+    __syncwarp();
+    // The parts of the last tile, if they are summed here, follow its units through the ring, each brought by a lane.
+    const Parts<ROWS, STAGE> of(deal, deal.tile(begin + count - 1), parts);
+    const int copies = of.sums() ? (of.high - of.low) * of.TIMES : 0;
+    for (int from = 0; from < copies; from += stages) {
+      const int i = from + lane, place = count + i, stage = place % stages;
+      if (lane < stages && i < copies) {
+        const int j = i % of.TIMES * of.PER, n = min(of.PER, of.PIECES - j);
+        float4* const piece = of.piece(of.low + 1 + i / of.TIMES, j);
+        seen(&(piece + (n - 1) * CONSUMERS)->x);
+        if (place >= stages) waitFor(empty + stage, place / stages % 2 ^ 1);
+        expect(full + stage, n * of.PIECE_BYTES);
+        bringBytes(ring + stage * STAGE, piece, n * of.PIECE_BYTES, full + stage);
+      }
+      __syncwarp();
     }
     return;
   }
@@ -228,28 +220,40 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
     }
     awaitProducts<0>();
     if (Weights::PENDING && threadIdx.x % 32 == 0) arriveAt(before);
-    const Parts<ROWS> of(deal, tile, parts);
-    of.leave(acc);
-    if (!of.sums()) continue;
-    if (of.shared) of.template add<true>(acc, ring, stages * STAGE);
-    else of.template add<false>(acc, ring, stages * STAGE);
+    const Parts<ROWS, STAGE> of(deal, tile, parts);
+    if (!of.sums()) {
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; j++)
-      if (of.sums(j)) write(y, w, acc[j], j, tile, rows, columns);
+      for (int j = 0; j < ROWS / 8; j++) put(of.piece(blockIdx.x, j) + threadIdx.x, acc[j]);
+      continue;
+    }
+    for (int block = of.low + 1; block <= of.high; block++)
+#pragma unroll
+      for (int from = 0; from < of.PIECES; from += of.PER) {
+        waitFor(full + stage, turn);
+        const float4* here = (const float4*)(ring + stage * STAGE) + threadIdx.x;
+#pragma unroll
+        for (int j = from; j < from + of.PER && j < of.PIECES; j++)
+          acc[j] += await(of.piece(block, j) + threadIdx.x, here[(j - from) * CONSUMERS]);
+        __syncwarp(); // one lane says for all that the stage may be filled again
+        if (threadIdx.x % 32 == 0) arriveAt(empty + stage);
+        if (++stage == stages) stage = 0, turn ^= 1;
+      }
+#pragma unroll
+    for (int j = 0; j < ROWS / 8; j++) write(y, w, acc[j], j, tile, rows, columns);
   }
 }
 
-// Blocks of up to 32 rows (16 with bytes) leave registers for attention's (attention.cu) beside them.
+// Blocks of up to 32 rows (16 with bytes) leave registers for those of the kernels between two products.
 #define REST                                                                                                           \
   const __grid_constant__ TensorMap x, u16 *y, float4 *parts, int rows, int inner, int columns, int stages
 #define KERNELS(ROWS)                                                                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS, ROWS > 32 ? 1 : 3)                                             \
   skinny##ROWS(const __grid_constant__ TensorMap w, REST) {                                                            \
-    skinny<ROWS>(Words{w}, x, y, parts, rows, inner, columns, stages);                                          \
+    skinny<ROWS>(Words{w}, x, y, parts, rows, inner, columns, stages);                                                 \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, ROWS > 16 ? 1 : 3)                                             \
   bytes##ROWS(const char* data, const float* scales, REST) {                                                           \
-    skinny<ROWS>(Bytes{data, scales}, x, y, parts, rows, inner, columns, stages);                               \
+    skinny<ROWS>(Bytes{data, scales}, x, y, parts, rows, inner, columns, stages);                                      \
   }
 KERNELS(8)
 KERNELS(16)

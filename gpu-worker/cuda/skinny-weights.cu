@@ -100,6 +100,13 @@ struct Words {
     bring(to, map, tile * COLUMNS, depth, barrier, policy);
     bring(to + BOX, map, tile * COLUMNS + 64, depth, barrier, policy);
   }
+  // To the second cache only.
+  __device__ void prefetch(int tile, int depth, int) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map),
+                   "r"(tile * COLUMNS + 64 * i), "r"(depth) : "memory");
+  }
   template <int ROWS> __device__ void add(float* acc, const char* unit) const {
     const u32 w = shared(unit) + threadIdx.x / 128 * BOX, x = shared(unit) + BYTES;
     fence();
@@ -120,6 +127,9 @@ struct Bytes {
   __device__ void come(char* to, int, int, int unit, u64* barrier, u64 policy) const {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
                  ::"r"(shared(to)), "l"(data + (size_t)unit * BOX), "n"(BOX), "r"(shared(barrier)), "l"(policy) : "memory");
+  }
+  __device__ void prefetch(int, int, int unit) const {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(data + (size_t)unit * BOX), "n"(BOX) : "memory");
   }
   // Column and inner number, within the unit, of byte `at` of a thread's in a half: in the order of the tensor cores' operand.
   static __device__ int2 place(int thread, int half, int at) {
