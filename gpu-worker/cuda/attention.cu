@@ -138,25 +138,22 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
   finish<RW, CW, SPLITS>(p, s, r, memory, (uint4*)(memory + STAGES * STAGE));
 }
 
-// tree<RW>x<splits>: blocks of few rows are two to a multiprocessor, the others one, with more warps and stages. Those of
-// few2x<splits>, for trees of up to 64 tokens, leave room and registers (as if they had 384 threads) for the product that
-// comes next, which fills its ring meanwhile (skinny-gemm.cu).
-#define TREE(name, cluster, rw, cw, stages, splits, blocks, threads)                                                 \
-  extern "C" __global__ void cluster __launch_bounds__(threads, blocks) name##rw##x##splits(INPUTS) {                \
-    letFollow();                                                                                                     \
-    attend<rw, cw, stages, CLUSTERS ? splits : 1, false>(GIVEN);                                                     \
+// tree<RW>x<splits>: blocks of few rows are two to a multiprocessor, the others one, with more warps and stages.
+#define TREE(cluster, rw, cw, stages, splits, blocks)                                                                  \
+  extern "C" __global__ void cluster __launch_bounds__(32 * rw * cw, blocks) tree##rw##x##splits(INPUTS) {             \
+    letFollow();                                                                                                       \
+    attend<rw, cw, stages, CLUSTERS ? splits : 1, false>(GIVEN);                                                       \
   }
-#define TREES(name, rw, cw, stages, blocks, threads)                                                                  \
-  TREE(name, , rw, cw, stages, 1, blocks, threads)                                                                   \
-  TREE(name, CLUSTER_OF(2), rw, cw, stages, 2, blocks, threads)                                                      \
-  TREE(name, CLUSTER_OF(3), rw, cw, stages, 3, blocks, threads)                                                      \
-  TREE(name, CLUSTER_OF(4), rw, cw, stages, 4, blocks, threads)                                                      \
-  TREE(name, CLUSTER_OF(6), rw, cw, stages, 6, blocks, threads)                                                      \
-  TREE(name, CLUSTER_OF(8), rw, cw, stages, 8, blocks, threads)
-TREES(tree, 1, 4, 3, 2, 128)
-TREES(tree, 2, 4, 4, 1, 256)
-TREES(few, 2, 4, 3, 1, 384)
-TREES(tree, 4, 2, 4, 1, 256)
+#define TREES(rw, cw, stages, blocks)                                                                                  \
+  TREE(, rw, cw, stages, 1, blocks)                                                                                    \
+  TREE(CLUSTER_OF(2), rw, cw, stages, 2, blocks)                                                                       \
+  TREE(CLUSTER_OF(3), rw, cw, stages, 3, blocks)                                                                       \
+  TREE(CLUSTER_OF(4), rw, cw, stages, 4, blocks)                                                                       \
+  TREE(CLUSTER_OF(6), rw, cw, stages, 6, blocks)                                                                       \
+  TREE(CLUSTER_OF(8), rw, cw, stages, 8, blocks)
+TREES(1, 4, 3, 2)
+TREES(2, 4, 4, 1)
+TREES(4, 2, 4, 1)
 
 extern "C" __global__ void __launch_bounds__(128, 2) prompt(INPUTS) {
   attend<4, 1, 3, 1, true>(GIVEN);

@@ -13,17 +13,16 @@ const MAX_HEAD = 128;
 /** The most nodes of a sequence where several divide the nodes of a pass, `each` on average. */
 export const mostNodes = (each: number) => Math.min(MAX_TREE, 2 * each);
 
-/** Blocks by their warps over rows: warps over columns, tiles in shared memory, blocks that a multiprocessor holds. */
+/**
+ * Blocks by their warps over rows: warps over columns, tiles in shared memory, blocks that a multiprocessor holds, and how long
+ * they take for a tile (measured on an H100).
+ */
 const BLOCKS = {
-  1: { across: 4, stages: 3, resident: 2 },
-  2: { across: 4, stages: 4, resident: 1 },
-  4: { across: 2, stages: 4, resident: 1 },
+  1: { across: 4, stages: 3, resident: 2, time: 1 },
+  2: { across: 4, stages: 4, resident: 1, time: 1 },
+  4: { across: 2, stages: 4, resident: 1, time: 1.35 },
 } as const;
-/** Blocks of 32 rows where the new columns lie in two tiles: they leave room for the product that comes next. */
-const FEW = { most: 64, across: 4, stages: 3 };
 const PROMPT = { across: 1, stages: 3 };
-/** Splits from which on more gain little (measured on an H100), and smaller blocks leave room for what comes next. */
-const ENOUGH = 4;
 /** Blocks of a cluster, where the GPU has clusters (Hopper); 8 is the most that every such GPU can hold. */
 const SPLITS = [8, 6, 4, 3, 2] as const;
 
@@ -104,24 +103,22 @@ export interface Gpu {
 }
 
 /**
- * Of trees of so many tokens on average, `most` at most: as many splits as the GPU holds at once, of the smallest blocks
- * that have ENOUGH, else of those that have more; where several sequences leave no room for two splits, one, in the blocks
- * that the GPU is through with in the fewest turns. Never depends on how many columns there are, which a captured launch
- * can't know.
+ * Of trees of so many tokens on average: as many splits as the GPU holds at once, of the blocks that are through with them
+ * first; where several sequences leave no room for two splits, one, in the blocks that the GPU is through with in the fewest
+ * turns. Never depends on how many columns there are, which a captured launch can't know.
  */
-function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu: Gpu, most = tokens): Grid {
+function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu: Gpu): Grid {
   const { heads, kvHeads, headSize } = shape;
   const rows = (tokens * heads) / kvHeads;
   const heights = rows <= 16 ? ([1] as const) : ([2, 4] as const);
   const grid = (warps: keyof typeof BLOCKS, splits: number): Grid => {
-    const few = warps === 2 && most <= FEW.most;
-    const { across, stages } = few ? FEW : BLOCKS[warps];
+    const { across, stages, resident } = BLOCKS[warps];
     const parts = Math.ceil((16 * warps) / splits) * splits;
     return {
-      kernel: `${few ? "few" : "tree"}${warps}x${splits}`,
+      kernel: `tree${warps}x${splits}`,
       tiles: Math.ceil(rows / (16 * warps)),
       height: 16 * warps,
-      resident: BLOCKS[warps].resident,
+      resident,
       splits,
       threads: 32 * warps * across,
       shared: stageBytes(headSize) * stages + parts * (Math.ceil(headSize / 32) * 64 + 8),
@@ -131,10 +128,12 @@ function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu:
   const turns = (g: Grid) => (g.tiles * kvHeads * sequences) / gpu.clusters(g);
   const fits = heights.flatMap((warps) => {
     const splits = SPLITS.find((n) => turns(grid(warps, n)) <= 1);
-    return splits ? [grid(warps, splits)] : [];
+    return splits ? [{ warps, splits, time: BLOCKS[warps].time / splits }] : [];
   });
-  const enough = fits.find((g) => g.splits >= ENOUGH) ?? fits.sort((a, b) => b.splits - a.splits)[0];
-  if (enough) return enough;
+  if (fits.length > 0) {
+    const { warps, splits } = fits.reduce((a, b) => (b.time < a.time ? b : a));
+    return grid(warps, splits);
+  }
   const [low, high = low] = heights;
   if (sequences === 1) return grid(high, SPLITS.at(-1)!);
   const [small, large] = [grid(low, 1), grid(high, 1)];
@@ -228,8 +227,7 @@ export class Attention {
     this.#shape = shape;
     this.#paging = paging;
     const module = moduleOf(cuda, shape);
-    const kinds = [...Object.keys(BLOCKS).map((warps) => `tree${warps}`), "few2"];
-    const trees = kinds.flatMap((kind) => [...SPLITS, 1].map((splits) => `${kind}x${splits}`));
+    const trees = Object.keys(BLOCKS).flatMap((warps) => [...SPLITS, 1].map((splits) => `tree${warps}x${splits}`));
     const names = dtype === "f32" ? ["attend"] : [...trees, "prompt", "combine"];
     for (const name of ["store", ...names]) this.#kernels.set(name, module.kernel(name));
     this.#gpu = gpuOf(cuda, shape);
@@ -242,10 +240,9 @@ export class Attention {
 
   /**
    * Queues the attention of one layer for `rows` tokens, of each sequence as many; or where they are divided, 32 sequences at
-   * most, up to `mostNodes`. Their keys and values go into the cache. Gives the bytes of shared memory of a block that
-   * other kernels' blocks may run beside, else 0.
+   * most, up to `mostNodes`. Their keys and values go into the cache.
    */
-  launch(pass: AttentionPass, rows: number, sequences: number, divided = false): number {
+  launch(pass: AttentionPass, rows: number, sequences: number, divided = false): void {
     const { dtype, heads, kvHeads, headSize } = this.#shape;
     const { tables, width, blockStride, angleStride } = this.#paging;
     const each = rows / sequences;
@@ -261,18 +258,17 @@ export class Attention {
     if (dtype === "f32") {
       store();
       kernel("attend").launch([heads, tokens, sequences], 128, 0, ...inputs);
-      return 0;
+      return;
     }
     const prompt = tokens > MAX_TREE;
-    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#gpu, tokens);
+    const grid = (prompt ? promptGrid : treeGrid)(this.#shape, each, sequences, this.#gpu);
     if (prompt) store();
     // The last tile of each sequence may have few rows.
     const tiles = divided ? Math.ceil((rows * heads) / kvHeads / grid.height) + sequences - 1 : grid.tiles * sequences;
     const blocks = [kvHeads, grid.splits, tiles] as const;
     kernel(grid.kernel).launch(blocks, grid.threads, grid.shared, ...inputs);
-    if (grid.splits === 1 || (clustered(this.#cuda) && !prompt)) return prompt ? 0 : grid.shared;
+    if (grid.splits === 1 || (clustered(this.#cuda) && !prompt)) return;
     const chunks = tokens * heads * Math.ceil(headSize / 32) * 4;
     kernel("combine").launch([Math.ceil(chunks / 128), sequences, 1], 128, 0, ...inputs, grid.splits);
-    return 0;
   }
 }

@@ -87,8 +87,6 @@ export class Products implements Disposable {
   readonly #skinny: SkinnyGemm | undefined;
   /** What was rounded, by where the matrix is. */
   readonly #rounded = new Map<bigint, ByteMatrix>();
-  /** Bytes of shared memory of the kernel before, where the next product is to run beside it: the next launch takes them. */
-  beside = 0;
 
   constructor(cuda: Cuda, elementwise: Elementwise, dtype: Float) {
     loadCublasLt();
@@ -118,10 +116,8 @@ export class Products implements Disposable {
    * makes, and can't be captured either.
    */
   launch(y: bigint, x: bigint, w: bigint, shape: ProductShape, roughly = false): void {
-    const { beside } = this;
-    this.beside = 0;
     if (this.#skinny?.takes(shape)) {
-      this.#skinny.launch(y, x, roughly ? this.#roundedOf(w, shape) : w, shape, beside);
+      this.#skinny.launch(y, x, roughly ? this.#roundedOf(w, shape) : w, shape);
       return;
     }
     const key = `${shape.rows} ${shape.inner} ${shape.columns}`;

@@ -12,14 +12,13 @@ const THREADS = 256 + 64;
 const BOX_COLUMNS = 64;
 const ROW_BYTES = 2 * DEPTH;
 
-/** Units in the ring of the kernel for so many rows at most, of weights of so many bytes. */
+/**
+ * Units in the ring of the kernel for so many rows at most, of weights of so many bytes. More than half of the shared memory
+ * of a multiprocessor, so that no two blocks fit on one: of one product they would leave another without.
+ */
 const STAGES = { 2: { 8: 8, 16: 8, 32: 7, 64: 6 }, 1: { 8: 16, 16: 16, 32: 14, 64: 12 } } as const;
 const HEIGHTS = [8, 16, 32, 64] as const;
 type Height = (typeof HEIGHTS)[number];
-/** Bytes of shared memory that two blocks share on a multiprocessor, besides what each takes that asks for none. */
-const SHARED = 230_000;
-/** With so many, no two blocks fit on one: of one product they would leave another multiprocessor without. */
-const MORE_THAN_HALF = 115_600;
 /** Parts of the multiprocessors that are enough: where every tile has as many blocks, and elsewhere (H100). */
 const ENOUGH = { even: 0.7, odd: 0.94 };
 /** Of the ring's beginning. */
@@ -63,7 +62,7 @@ export class SkinnyGemm {
     this.#kernels = { 1: kernels("bytes"), 2: kernels("skinny") };
     [this.#largest, this.#quantize] = [module.kernel("largest"), module.kernel("quantize")];
     this.#blocks = cuda.multiprocessors;
-    const bytes = this.#blocks * 2 * HEIGHTS.at(-1)! * COLUMNS * 4;
+    const bytes = this.#blocks * HEIGHTS.at(-1)! * COLUMNS * 4;
     this.#parts = cuda.alloc(bytes);
     cuda.fill(this.#parts, 0xff, bytes);
   }
@@ -97,22 +96,17 @@ export class SkinnyGemm {
     return most;
   }
 
-  /**
-   * Queues y [rows,columns] = x [rows,inner] · w [inner,columns]; `beside`: bytes of shared memory of the kernel before,
-   * which it shall run beside.
-   */
-  launch(y: bigint, x: bigint, w: bigint | ByteMatrix, { rows, inner, columns }: ProductShape, beside = 0): void {
+  /** Queues y [rows,columns] = x [rows,inner] · w [inner,columns]. */
+  launch(y: bigint, x: bigint, w: bigint | ByteMatrix, { rows, inner, columns }: ProductShape): void {
     const height = HEIGHTS.find((most) => most >= rows)!;
     const bytes = typeof w === "bigint" ? 2 : 1;
     const stage = DEPTH * COLUMNS * bytes + height * ROW_BYTES;
-    const fit = Math.max(3, Math.floor((SHARED - beside - ALIGNMENT) / stage));
-    const stages = Math.min(STAGES[bytes][height], fit);
-    const shared = Math.max(stages * stage + ALIGNMENT, MORE_THAN_HALF);
+    const stages = STAGES[bytes][height];
     const tiles = Math.ceil(columns / COLUMNS);
     this.#kernels[bytes][height].launch(
       [this.#blocksFor(tiles, tiles * Math.ceil(inner / DEPTH), bytes), 1, 1],
       THREADS,
-      shared,
+      stages * stage + ALIGNMENT,
       ...(typeof w === "bigint" ? [tensorMap(w, [columns, inner], [BOX_COLUMNS, DEPTH])] : [w.data, w.scales]),
       tensorMap(x, [inner, rows], [DEPTH, height]),
       ...[y, this.#parts, rows, inner, columns, stages],

@@ -114,14 +114,14 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const cache = new PagedCache(runtime, blocks, language, dtype, "each");
   const draftCache = drafting && new PagedCache(runtime, blocks, { ...drafting.config, layers: 1 }, dtype, "shared");
   const products = new Products(cuda, elementwise, dtype);
-  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging, products), linearOp(products, dtype)];
+  const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging), linearOp(products, dtype)];
   ops.push(gatedSiluOp(elementwise, dtype), addRmsNormOp(elementwise, dtype, language.epsilon));
   const cycleOptions = { ...graphOptions, searched: true };
   if (drafting) {
     const { epsilon, hidden } = drafting.config;
     ops.push(pairRowsOp(elementwise, dtype, hidden), linearOp(products, dtype, true));
     for (const picks of [false, true]) ops.push(addRowsOp(elementwise, dtype, picks));
-    ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, draftCache!.paging, products));
+    ops.push(attentionOp(cuda, DRAFT_ATTENTION, drafting.config, dtype, draftCache!.paging));
     if (epsilon !== language.epsilon) ops.push(addRmsNormOp(elementwise, dtype, epsilon));
   }
   runtime.addCustomOps(CUSTOM_DOMAIN, ops);

@@ -15,7 +15,6 @@ export function attentionOp(
   { heads, kvHeads, headSize }: DecoderLayerConfig,
   dtype: Float,
   paging: Paging,
-  products: Products,
 ): CustomOp {
   const attention = new Attention(cuda, { dtype, heads, kvHeads, headSize }, paging);
   const float = DTYPES[dtype].onnx;
@@ -28,7 +27,7 @@ export function attentionOp(
     compute([qkv, bias, key, value, cos, sin, positions, mask, control], [out], { rows, dims }) {
       const [sequences, words] = dims(8);
       const memory = { qkv, bias, key, value, cos, sin, positions, mask, control, out };
-      products.beside = attention.launch(memory, rows, sequences, words === 8);
+      attention.launch(memory, rows, sequences, words === 8);
     },
   };
 }
