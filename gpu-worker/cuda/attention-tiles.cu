@@ -1,15 +1,22 @@
 // Attention of values of 16 bits: what a block copies and turns into shared memory. attention-common.cu goes before.
 
-constexpr int TILE = 64;
+/** Columns of a tile: those of a block of the cache. */
+constexpr int TILE = BLOCK_ROWS;
 /** Of a row in shared memory: an odd number of 16 bytes, so that `ldmatrix` finds its eight rows in different banks. */
 constexpr int STRIDE = HEAD + 8;
 /** Keys and values of a tile. */
 constexpr int STAGE = 2 * TILE * STRIDE;
 
 __device__ u32 address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
-/** Copies 16 bytes to shared memory in the background, or zeros. */
+/**
+ * Copies 16 bytes to shared memory in the background, or zeros. They come again with the next pass only, so that the second
+ * cache shall rather keep all else.
+ */
 __device__ void copy16(value* to, const value* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(real ? 16 : 0));
+  u64 once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address(to)), "l"(from),
+               "r"(real ? 16 : 0), "l"(once));
 }
 __device__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ void await() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
@@ -77,44 +84,34 @@ struct Share {
     past = p.control.x;
     fresh = past + p.control.y;
     causal = p.control.z;
-    const int length = min(fresh + p.tokens, p.capacity), units = (length + 15) / 16;
+    const int length = min(fresh + p.tokens, p.capacity), units = (length + TILE - 1) / TILE;
     const int last = (row0 + height - 1) / group;
-    start = units * split / splits * 16;
-    stop = min(units * (split + 1) / splits * 16, stored && causal ? min(length, past + last + 1) : length);
+    start = units * split / splits * TILE;
+    stop = min(units * (split + 1) / splits * TILE, stored && causal ? min(length, past + last + 1) : length);
     tiles = (stop - start + TILE - 1) / TILE;
   }
   /** The first column of the tile that is computed as the i-th: the last come first. */
   __device__ int base(int i) const { return start + (tiles - 1 - i) * TILE; }
 };
 
-/** The blocks of the cache in which a tile's first and last columns lie, and so all of them. */
-struct Blocks {
-  int first, last;
-};
-/** Of the tile from `base`, which need not be in the table. */
-__device__ Blocks blocksAt(const Pass& p, int base) {
-  const auto of = [&](int column) { return p.blockOf(min(max(column, 0), p.capacity - 1)); };
-  return {of(base), of(base + TILE - 1)};
-}
+/** The block of the cache in which the tile from `base` lies, which need not be in the table. */
+__device__ int blockAt(const Pass& p, int base) { return p.blockOf(min(max(base, 0), p.capacity - 1)); }
 
-/** Starts the copy of a tile's cached columns; zeros stand for those that no token sees, which may hold anything. */
+/**
+ * Starts the copy of a tile's cached columns, which lie in `block`; zeros stand for those that no token sees, which may hold
+ * anything.
+ */
 template <int THREADS>
-__device__ void copyTile(const Pass& p, const Share& s, const Bits& seen, const Blocks& blocks, bool stored, int base,
-                         value* stage) {
+__device__ void copyTile(const Pass& p, const Share& s, const Bits& seen, int block, bool stored, int base, value* stage) {
   constexpr int PIECES = ITEMS * 2, STEP = THREADS / PIECES; // of 16 bytes in a row; rows that all threads copy at once
   if (THREADS % PIECES == 0 && TILE % STEP == 0 && base + TILE <= (stored ? s.stop : min(s.past, s.stop))) {
     const int column = threadIdx.x / PIECES, d = threadIdx.x % PIECES * 8;
-    const int edge = BLOCK_ROWS - base % BLOCK_ROWS - column; // from here on rows lie in the last block
-    const long long from = p.rowAt(blocks.first, s.kv, base) + column * HEAD + d;
-    const long long beyond = from + (long long)(blocks.last - blocks.first) * p.blockStride - BLOCK_ROWS * HEAD;
-    const value *keys = p.keys + from, *values = p.values + from;
-    const value *keysBeyond = p.keys + beyond, *valuesBeyond = p.values + beyond;
+    const long long from = p.rowAt(block, s.kv, column) + d;
     value* to = stage + column * STRIDE + d;
 #pragma unroll
-    for (int i = 0; i < TILE; i += STEP) copy16(to + i * STRIDE, (i < edge ? keys : keysBeyond) + i * HEAD, true);
+    for (int i = 0; i < TILE; i += STEP) copy16(to + i * STRIDE, p.keys + from + i * HEAD, true);
 #pragma unroll
-    for (int i = 0; i < TILE; i += STEP)
-      copy16(to + (TILE + i) * STRIDE, (i < edge ? values : valuesBeyond) + i * HEAD, true);
+    for (int i = 0; i < TILE; i += STEP) copy16(to + (TILE + i) * STRIDE, p.values + from + i * HEAD, true);
     return;
   }
 #pragma unroll 2
@@ -122,7 +119,6 @@ __device__ void copyTile(const Pass& p, const Share& s, const Bits& seen, const 
     const int column = base + i / PIECES, d = i % PIECES * 8;
     if (!stored && column >= s.fresh && column < s.stop) continue;
     const bool real = column < s.stop && (column < s.past || s.causal || seen.has(column - s.past));
-    const int block = column / BLOCK_ROWS == base / BLOCK_ROWS ? blocks.first : blocks.last;
     const long long from = real ? p.rowAt(block, s.kv, column) + d : 0;
     value* to = stage + (column - base) * STRIDE + d;
     copy16(to, p.keys + from, real);

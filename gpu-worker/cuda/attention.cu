@@ -91,13 +91,13 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
   const Pass p(place.sequence, GIVEN);
   if (SPLITS > 1) arrive();
   const Share s(p, place.row0, HEIGHT, STORED);
-  Blocks blocks[STAGES];
+  int blocks[STAGES];
 #pragma unroll
-  for (int i = 0; i < STAGES; i++) blocks[i] = blocksAt(p, s.base(i));
+  for (int i = 0; i < STAGES; i++) blocks[i] = blockAt(p, s.base(i));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Bits seen = !s.causal && s.fresh > s.past ? seenByAny(p) : Bits{0, 0};
-  const auto fetch = [&](int i, const Blocks& at) {
-    if (i < s.tiles) copyTile<THREADS>(p, s, seen, at, STORED, s.base(i), memory + i % STAGES * STAGE);
+  const auto fetch = [&](int i, int block) {
+    if (i < s.tiles) copyTile<THREADS>(p, s, seen, block, STORED, s.base(i), memory + i % STAGES * STAGE);
     commit();
   };
 #pragma unroll 1
@@ -106,7 +106,7 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
 #pragma unroll
     for (int j = 1; j < STAGES; j++) blocks[j - 1] = blocks[j]; // copies of this code would cost more than these moves
   }
-  Blocks ahead = blocks[0]; // loaded a tile before it is needed, so that no copy waits for it
+  int ahead = blocks[0]; // loaded a tile before it is needed, so that no copy waits for it
   Rows r(p, s, s.row0 + warp % RW * 16);
   if (!STORED) awaitInputs();
   const Queries<HEIGHT, THREADS> rawQueries(p, place.row0);
@@ -125,7 +125,7 @@ template <int RW, int CW, int STAGES, int SPLITS, bool STORED> __device__ void a
     await<STAGES - 2>();
     __syncthreads();
     fetch(i + STAGES - 1, ahead);
-    ahead = blocksAt(p, s.base(i + STAGES));
+    ahead = blockAt(p, s.base(i + STAGES));
     const int from = warp / RW * WIDTH, base = s.base(i) + from;
     if (base >= s.stop) continue;
     const value* keys = memory + i % STAGES * STAGE + from * STRIDE;
