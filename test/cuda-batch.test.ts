@@ -1,7 +1,7 @@
 /** Who shares a cycle and whose blocks are whose on CUDA, without a GPU: cycles are made up, memory is the host's. */
 import { setImmediate } from "node:timers/promises";
 import { expect, test } from "vitest";
-import { dividesWell } from "../gpu-worker/cuda/attention.ts";
+import { dividesWell, treeGrid } from "../gpu-worker/cuda/attention.ts";
 import { decode } from "../gpu-worker/decode/decode.ts";
 import type { TreeShape } from "../gpu-worker/decode/drafters/plan.ts";
 import { KvPool } from "../gpu-worker/decode/pool.ts";
@@ -244,13 +244,28 @@ test("blocks are one slot's at a time; what was released is the next one's; ther
   expect(new Set([...table(1).slice(0, 2), ...table(2)]).size).toBe(7);
 });
 
+const qwen = { dtype: "bf16", heads: 28, kvHeads: 4, headSize: 128 } as const;
+const llava = { dtype: "f16", heads: 32, kvHeads: 32, headSize: 128 } as const;
+// Clusters find no place on some multiprocessors.
+const placed = ({ splits, resident }: { splits: number; resident: number }) =>
+  Math.floor((132 * resident * (splits > 2 ? 0.85 : 1)) / splits);
+const gpu = { multiprocessors: 132, clusters: placed };
+
+test("attention's grid is that of the blocks that are through first, all at once where columns are split", () => {
+  const kernels = (shape: typeof qwen | typeof llava) => [1, 8, 32, 64].map((n) => treeGrid(shape, n, 1, gpu).kernel);
+  expect(kernels(qwen)).toEqual(["tree1x8", "tree2x8", "tree4x6", "tree4x4"]);
+  expect(kernels(llava)).toEqual(["tree1x6", "tree1x6", "tree2x3", "tree4x3"]);
+  for (const shape of [qwen, llava])
+    for (let each = 1; each <= 128; each++)
+      for (const sequences of [1, 2, 5, 16]) {
+        const grid = treeGrid(shape, each, sequences, gpu);
+        expect(grid.tiles * grid.height).toBeGreaterThanOrEqual((each * shape.heads) / shape.kvHeads);
+        const clusters = grid.tiles * shape.kvHeads * sequences;
+        if (sequences > 1 && grid.splits > 1) expect(clusters).toBeLessThanOrEqual(placed(grid));
+      }
+});
+
 test("nodes are divided only where the GPU takes no more turns for it", () => {
-  const qwen = { dtype: "bf16", heads: 28, kvHeads: 4, headSize: 128 } as const;
-  const llava = { dtype: "f16", heads: 32, kvHeads: 32, headSize: 128 } as const;
-  // Clusters find no place on some multiprocessors.
-  const placed = ({ splits, resident }: { splits: number; resident: number }) =>
-    Math.floor((132 * resident * (splits > 2 ? 0.85 : 1)) / splits);
-  const gpu = { multiprocessors: 132, clusters: placed };
   expect([2, 8, 16].map((n) => dividesWell(qwen, 30, n, gpu))).toEqual([true, true, true]);
   // 30 rows are one tile of 32 for each head; more of them would be two for many.
   expect([2, 8, 16].map((n) => dividesWell(llava, 30, n, gpu))).toEqual([false, false, false]);

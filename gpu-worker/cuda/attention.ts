@@ -107,7 +107,7 @@ export interface Gpu {
  * first; where several sequences leave no room for two splits, one, in the blocks that the GPU is through with in the fewest
  * turns. Never depends on how many columns there are, which a captured launch can't know.
  */
-function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu: Gpu): Grid {
+export function treeGrid(shape: AttentionShape, tokens: number, sequences: number, gpu: Gpu): Grid {
   const { heads, kvHeads, headSize } = shape;
   const rows = (tokens * heads) / kvHeads;
   const heights = rows <= 16 ? ([1] as const) : ([2, 4] as const);
