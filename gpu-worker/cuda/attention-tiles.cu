@@ -9,8 +9,8 @@ constexpr int STAGE = 2 * TILE * STRIDE;
 
 __device__ u32 address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
 /**
- * Copies 16 bytes to shared memory in the background, or zeros. They come again with the next pass only, so that the second
- * cache shall rather keep all else.
+ * Copies 16 bytes to shared memory in the background, or zeros. Other blocks may want them at about the same time, the next
+ * pass after all the weights: so the second cache shall rather keep all else.
  */
 __device__ void copy16(value* to, const value* from, bool real) {
   u64 once;
