@@ -22,6 +22,7 @@ import {
   addRowsOp,
   attentionOp,
   bytesAt,
+  gatedLinearOp,
   gatedSiluOp,
   linearOp,
   pairRowsOp,
@@ -119,7 +120,7 @@ describe.each(families)("$name", ({ model }) => {
     const attentions = [attentionOp(TARGET_ATTENTION, language, ROWS), attentionOp(DRAFT_ATTENTION, drafting, ROWS)];
     const norms = [...new Set([language.epsilon, drafting.epsilon])].map(addRmsNormOp);
     const sums = [addRowsOp(false), addRowsOp(true)];
-    runtime.addCustomOps(CUSTOM_DOMAIN, [...attentions, ...norms, ...sums, gatedSiluOp, linearOp, pairRowsOp(width)]);
+    runtime.addCustomOps(CUSTOM_DOMAIN, [...attentions, ...norms, ...sums, gatedLinearOp, gatedSiluOp, linearOp, pairRowsOp(width)]); // biome-ignore format: one line
     const weightsOf = weightsOn(runtime);
     load = (graph, more = []) => {
       const fixed = [...weightsOf(graph), ...more];

@@ -38,9 +38,13 @@ extern "C" __global__ void convert(void* to, const void* from, int n, int toType
     store(to, i, load(from, i, fromType), toType);
 }
 
-// to[c, at + r] = from[r, c] for a piece of `rows` rows; `stride` is the length of a row of `to`. 32 x 32 tiles, 32 x 8 threads.
-extern "C" __global__ void turn(void* to, const void* from, int rows, int columns, int at, int stride, int toType,
-                                int fromType) {
+// Column of a row of two halves of `half` numbers that go by turns, eight of each.
+__device__ __forceinline__ int pairedColumn(int i, int half) { return i % half / 8 * 16 + i / half * 8 + i % half % 8; }
+
+// to[c, at + r] = from[r, c] for a piece of `rows` rows; `stride` is the length of a row of `to`, whose halves are `paired`
+// or not. 32 x 32 tiles, 32 x 8 threads.
+extern "C" __global__ void turn(void* to, const void* from, int rows, int columns, int at, int stride, int paired,
+                                int toType, int fromType) {
   awaitInputs();
   __shared__ float tile[32][33];
   const int x = threadIdx.x & 31, y = threadIdx.x >> 5;
@@ -48,8 +52,9 @@ extern "C" __global__ void turn(void* to, const void* from, int rows, int column
   for (int i = y; i < 32; i += 8)
     if (r0 + i < rows && c0 + x < columns) tile[i][x] = load(from, (long long)(r0 + i) * columns + c0 + x, fromType);
   __syncthreads();
+  const int place = paired ? pairedColumn(at + r0 + x, stride / 2) : at + r0 + x;
   for (int i = y; i < 32; i += 8)
-    if (c0 + i < columns && r0 + x < rows) store(to, (long long)(c0 + i) * stride + at + r0 + x, tile[x][i], toType);
+    if (c0 + i < columns && r0 + x < rows) store(to, (long long)(c0 + i) * stride + place, tile[x][i], toType);
 }
 
 // out[r] = table[index[r / per]], rows of `width` values of the type; one block a row.
@@ -63,8 +68,9 @@ extern "C" __global__ void gatherRows(void* out, const void* table, const int* i
 
 __device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
-// out[r, i] = silu(x[r, i]) * x[r, inner + i]; blocks (rows, pieces of a row); eight values a thread where they are narrow.
-extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int type) {
+// out[r, i] = silu(x[r, i]) * x[r, inner + i], or where these are if x's halves are `paired`; blocks (rows, pieces of a row);
+// eight values a thread where they are narrow.
+extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int type, int paired) {
   letFollow();
   awaitInputs();
   const long long row = blockIdx.x;
@@ -72,13 +78,13 @@ extern "C" __global__ void gatedSilu(void* out, const void* x, int inner, int ty
   if (type == 0) {
     if (i >= inner) return;
     const float* g = (const float*)x + row * 2 * inner;
-    const float gate = g[i];
-    ((float*)out)[row * inner + i] = gate / (1.0f + expf(-gate)) * g[inner + i];
+    const float gate = g[paired ? pairedColumn(i, inner) : i], up = g[paired ? pairedColumn(inner + i, inner) : inner + i];
+    ((float*)out)[row * inner + i] = gate / (1.0f + expf(-gate)) * up;
     return;
   }
   if (8 * i >= inner) return;
-  const uint4 gates = ((const uint4*)((const u16*)x + row * 2 * inner))[i];
-  const uint4 ups = ((const uint4*)((const u16*)x + (row * 2 + 1) * inner))[i];
+  const uint4* from = (const uint4*)((const u16*)x + row * 2 * inner);
+  const uint4 gates = from[paired ? 2 * i : i], ups = from[paired ? 2 * i + 1 : inner / 8 + i];
   uint4 made;
   const u32 *g = &gates.x, *u = &ups.x;
 #pragma unroll

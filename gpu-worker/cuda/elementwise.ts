@@ -64,15 +64,16 @@ export class Elementwise {
     this.#kernels.convert.launch([blocks, 1, 1], THREADS, 0, to, from, n, TYPES[toType], TYPES[fromType]);
   }
 
-  /** from [rows,columns] to columns `at` and on of to [columns,stride]. */
+  /** from [rows,columns] to columns `at` and on of to [columns,stride], or to where those go where its halves are paired. */
   turn(
-    to: { data: bigint; type: Float; at: number; stride: number },
+    to: { data: bigint; type: Float; at: number; stride: number; paired?: boolean },
     from: { data: bigint; type: Float; rows: number; columns: number },
   ): void {
     const { rows, columns } = from;
     const grid = [Math.ceil(columns / TILE), Math.ceil(rows / TILE), 1] as const;
     const types = [TYPES[to.type], TYPES[from.type]];
-    this.#kernels.turn.launch(grid, THREADS, 0, to.data, from.data, rows, columns, to.at, to.stride, ...types);
+    const place = [to.at, to.stride, to.paired ? 1 : 0];
+    this.#kernels.turn.launch(grid, THREADS, 0, to.data, from.data, rows, columns, ...place, ...types);
   }
 
   /** out[r] = table[index[r / per]] for rows of `width` values; index i32, one for `per` rows. */
@@ -106,10 +107,11 @@ export class Elementwise {
     this.#kernels.pickAngles.launch(grid, THREADS, 0, to, table, positions, axes, ...numbers);
   }
 
-  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:]; inner a multiple of 8 in 16 bits. */
-  gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float): void {
+  /** x [rows,2·inner] to silu(x[:,:inner]) · x[:,inner:], or with its halves paired; inner a multiple of 8 in 16 bits. */
+  gatedSilu(out: bigint, x: bigint, rows: number, inner: number, type: Float, paired = false): void {
     const threads = type === "f32" ? inner : inner / 8;
-    this.#kernels.gatedSilu.launch([rows, Math.ceil(threads / THREADS), 1], THREADS, 0, out, x, inner, TYPES[type]);
+    const numbers = [inner, TYPES[type], paired ? 1 : 0];
+    this.#kernels.gatedSilu.launch([rows, Math.ceil(threads / THREADS), 1], THREADS, 0, out, x, ...numbers);
   }
 
   /** [table[ids] ; hidden[hiddenRows]] where keep is not 0, else zeros: [rows,2·width]; indices i64. */

@@ -76,7 +76,7 @@ interface Plan {
 export class Products implements Disposable {
   readonly #cuda: Cuda;
   readonly #elementwise: Elementwise;
-  readonly #type: number;
+  readonly #dtype: Float;
   readonly #handle: bigint;
   readonly #desc: bigint;
   readonly #preference: bigint;
@@ -92,7 +92,7 @@ export class Products implements Disposable {
     loadCublasLt();
     this.#cuda = cuda;
     this.#elementwise = elementwise;
-    this.#type = TYPES[dtype];
+    this.#dtype = dtype;
     this.#skinny = SkinnyGemm.for(cuda, dtype);
     this.#handle = make("cublasLtCreate");
     this.#desc = make("cublasLtMatmulDescCreate", COMPUTE_32F, TYPES.f32);
@@ -127,6 +127,19 @@ export class Products implements Disposable {
     if (result !== 0) throw new Error(`cuBLASLt: a product of shape ${key}: status ${result}`);
   }
 
+  /**
+   * Queues y [rows,columns/2] = silu(x·gate) · (x·up), the two paired in w [inner,columns]; `both` [rows,columns] is for
+   * the products, where they are not made into y at once, which gives the same, bit for bit. As `launch` otherwise.
+   */
+  launchGated(y: bigint, both: bigint, x: bigint, w: bigint, shape: ProductShape): void {
+    if (this.#skinny?.takes(shape)) {
+      this.#skinny.launch(y, x, w, shape, true);
+      return;
+    }
+    this.launch(both, x, w, shape);
+    this.#elementwise.gatedSilu(y, both, shape.rows, shape.columns / 2, this.#dtype, true);
+  }
+
   #roundedOf(w: bigint, shape: ProductShape): ByteMatrix {
     const known = this.#rounded.get(w) ?? this.#skinny!.quantize(w, shape);
     this.#rounded.set(w, known);
@@ -149,7 +162,7 @@ export class Products implements Disposable {
   }
 
   #choose(memory: readonly bigint[], { rows, inner, columns }: ProductShape): Plan {
-    const layout = (r: number, c: number) => make("cublasLtMatrixLayoutCreate", this.#type, r, c, r);
+    const layout = (r: number, c: number) => make("cublasLtMatrixLayoutCreate", TYPES[this.#dtype], r, c, r);
     const layouts = [layout(columns, inner), layout(inner, rows), layout(columns, rows)] as const;
     const most = rows > SEARCHED_ROWS ? 1 : CANDIDATES;
     const plans = this.#algorithms(layouts, most).map((algorithm) => ({ layouts, algorithm }));

@@ -123,7 +123,21 @@ __device__ void write(u16* y, const Weights& w, float4 sum, int piece, int tile,
   if (column + 8 < columns) *(u32*)(to + 8) = high;
 }
 
-template <int ROWS, class Weights>
+// As elementwise.cu has it, of numbers as they would have been written.
+__device__ __forceinline__ float gated(u16 gate, u16 up) {
+  const float x = number(gate);
+  return x / (1.0f + __expf(-x)) * number(up);
+}
+// Where w's columns are eight of the gate's and eight of what it is for by turns, a thread has both: y [rows,columns / 2].
+__device__ void writeGated(u16* y, float4 sum, int piece, int tile, int rows, int columns) {
+  const int lane = threadIdx.x % 32, column = (tile * COLUMNS + threadIdx.x / 32 * 16) / 2 + lane % 4 * 2;
+  const u32 gates = pack(sum.x, sum.y), ups = pack(sum.z, sum.w);
+  const u32 made = transposed(pack(gated(gates, ups), gated(gates >> 16, ups >> 16)));
+  const int row = 8 * piece + lane / 4;
+  if (row < rows && column < columns / 2) *(u32*)(y + (long long)row * (columns / 2) + column) = made;
+}
+
+template <int ROWS, bool GATED = false, class Weights>
 __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* parts, int rows, int inner, int columns,
                        int stages) {
   constexpr int STAGE = Weights::BYTES + ROWS * 128;
@@ -239,7 +253,9 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
         if (++stage == stages) stage = 0, turn ^= 1;
       }
 #pragma unroll
-    for (int j = 0; j < ROWS / 8; j++) write(y, w, acc[j], j, tile, rows, columns);
+    for (int j = 0; j < ROWS / 8; j++)
+      if (GATED) writeGated(y, acc[j], j, tile, rows, columns);
+      else write(y, w, acc[j], j, tile, rows, columns);
   }
 }
 
@@ -250,6 +266,10 @@ __device__ void skinny(const Weights& w, const TensorMap& x, u16* y, float4* par
   extern "C" __global__ void __launch_bounds__(THREADS, ROWS > 32 ? 1 : 3)                                             \
   skinny##ROWS(const __grid_constant__ TensorMap w, REST) {                                                            \
     skinny<ROWS>(Words{w}, x, y, parts, rows, inner, columns, stages);                                                 \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(THREADS, ROWS > 32 ? 1 : 3)                                             \
+  gated##ROWS(const __grid_constant__ TensorMap w, REST) {                                                             \
+    skinny<ROWS, true>(Words{w}, x, y, parts, rows, inner, columns, stages);                                           \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, ROWS > 16 ? 1 : 3)                                             \
   bytes##ROWS(const char* data, const float* scales, REST) {                                                           \

@@ -42,7 +42,7 @@ const gcd = (a: number, b: number): number => (b === 0 ? a : gcd(b, a % b));
 export class SkinnyGemm {
   readonly #blocks: number;
   readonly #cuda: Cuda;
-  readonly #kernels: { 1: Record<Height, Kernel>; 2: Record<Height, Kernel> };
+  readonly #kernels: Record<"bytes" | "skinny" | "gated", Record<Height, Kernel>>;
   readonly #largest: Kernel;
   readonly #quantize: Kernel;
   readonly #parts: bigint;
@@ -59,7 +59,7 @@ export class SkinnyGemm {
     const kernels = (name: string) =>
       Object.fromEntries(HEIGHTS.map((rows) => [rows, module.kernel(`${name}${rows}`)])) as Record<Height, Kernel>;
     this.#cuda = cuda;
-    this.#kernels = { 1: kernels("bytes"), 2: kernels("skinny") };
+    this.#kernels = { bytes: kernels("bytes"), skinny: kernels("skinny"), gated: kernels("gated") };
     [this.#largest, this.#quantize] = [module.kernel("largest"), module.kernel("quantize")];
     this.#blocks = cuda.multiprocessors;
     const bytes = this.#blocks * HEIGHTS.at(-1)! * COLUMNS * 4;
@@ -96,14 +96,14 @@ export class SkinnyGemm {
     return most;
   }
 
-  /** Queues y [rows,columns] = x [rows,inner] · w [inner,columns]. */
-  launch(y: bigint, x: bigint, w: bigint | ByteMatrix, { rows, inner, columns }: ProductShape): void {
+  /** Queues y [rows,columns] = x [rows,inner] · w [inner,columns]; `gated`: y [rows,columns/2] of halves paired in w. */
+  launch(y: bigint, x: bigint, w: bigint | ByteMatrix, { rows, inner, columns }: ProductShape, gated = false): void {
     const height = HEIGHTS.find((most) => most >= rows)!;
     const bytes = typeof w === "bigint" ? 2 : 1;
     const stage = DEPTH * COLUMNS * bytes + height * ROW_BYTES;
     const stages = STAGES[bytes][height];
     const tiles = Math.ceil(columns / COLUMNS);
-    this.#kernels[bytes][height].launch(
+    this.#kernels[gated ? "gated" : bytes === 2 ? "skinny" : "bytes"][height].launch(
       [this.#blocksFor(tiles, tiles * Math.ceil(inner / DEPTH), bytes), 1, 1],
       THREADS,
       stages * stage + ALIGNMENT,

@@ -13,8 +13,8 @@ export interface CustomOp {
   optional?: number;
   /** 1 by default. */
   outputs?: number;
-  /** Columns of each output, for so many of the first input. */
-  columns(columns: number, dims: Dims): number;
+  /** Columns of an output, for so many of the first input. */
+  columns(columns: number, dims: Dims, output: number): number;
   /** Index of the input that has as many rows as each output. */
   rowsOf?: readonly number[];
   /** Queues the kernel; the input that was left out is 0n. */
@@ -24,7 +24,7 @@ export interface CustomOp {
 /** Dimensions of an input of rank 2, or how many values one of rank 1 has. */
 type Dims = (input: number) => readonly number[];
 
-/** Rows and columns of the first input, columns of the outputs. */
+/** Rows and columns of the first input, columns of the first output. */
 export interface OpShape {
   rows: number;
   columns: number;
@@ -71,10 +71,10 @@ export function customOp(op: CustomOp, api: KernelApi, failed: (error: unknown) 
       const inputs = op.inputs.map((_, i) => api.input(context, i));
       const of: Dims = (input) => Array.from(api.dims(context, input), Number);
       const [rows, columns] = of(0);
-      const width = op.columns(columns, of);
-      const made = (i: number) => BigInt64Array.of(BigInt(op.rowsOf ? of(op.rowsOf[i])[0] : rows), BigInt(width));
+      const made = (i: number) =>
+        BigInt64Array.of(BigInt(op.rowsOf ? of(op.rowsOf[i])[0] : rows), BigInt(op.columns(columns, of, i)));
       const outputs = Array.from({ length: op.outputs ?? 1 }, (_, i) => api.output(context, i, made(i)));
-      op.compute(inputs, outputs, { rows, columns, width, dims: of });
+      op.compute(inputs, outputs, { rows, columns, width: op.columns(columns, of, 0), dims: of });
     } catch (error) {
       failed(error);
     }

@@ -61,6 +61,8 @@ export interface BindOptions {
   /** Rows of each part, and columns, with zeros after the stored ones; as many as there are by default. */
   rows?: number;
   columns?: number;
+  /** Whether two parts of as many rows, turned, go by turns, eight of each (cuda/skinny-gemm.cu). */
+  paired?: boolean;
 }
 
 /** Memory that a run gets as an input: stored tensors, below each other, in the graph's own type unless they are bytes. */
@@ -116,8 +118,8 @@ export class Graph {
 
   /** Stored tensors as one input; graphs that ask for the same get the same memory. */
   bind(parts: readonly StoredTensor[], options: BindOptions = {}): Value {
-    const { turned, picked, rows, columns } = options;
-    const key = `${turned} ${picked} ${rows} ${columns} ${parts.map((part) => `${part.file}:${part.name}`)}`;
+    const { turned, picked, rows, columns, paired } = options;
+    const key = `${turned} ${picked} ${rows} ${columns} ${paired} ${parts.map((part) => `${part.file}:${part.name}`)}`;
     const known = this.bound.get(key);
     if (known) return known.value;
     const { shape, dtype } = parts[0];

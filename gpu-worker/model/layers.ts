@@ -2,7 +2,7 @@
 import type { Dim, Graph, StoredTensor, Value } from "../graph/graph.ts";
 import { type CacheInputs, groupQueryAttention, type OwnCacheInputs, ownAttention } from "../ops/attention.ts";
 import { add, cast, gatedSilu, mul, silu } from "../ops/elementwise.ts";
-import { boundProduct, int8MatMul, matMul, matMulNBits } from "../ops/matmul.ts";
+import { boundProduct, gatedProduct, int8MatMul, matMul, matMulNBits } from "../ops/matmul.ts";
 import { addRmsNorm } from "../ops/norm.ts";
 import { concat, gather, splitBy, transpose } from "../ops/shape.ts";
 import type { TensorSource } from "./weights.ts";
@@ -95,8 +95,15 @@ export function gatedMlp(
   const size8 = Math.ceil(inner / 8) * 8;
   if (g.binds && size8 !== inner) return alignedMlp(g, x, w, name, { size, inner, padded: size8, bias });
   const project = (...parts: string[]) => linear(g, x, parts.map(weight), bias ? parts.map(vector) : []);
-  const gated = g.binds ? gatedSilu(g, project("gate", "up")) : mul(g, silu(g, project("gate")), project("up"));
-  return linear(g, gated, [weight("down")], bias ? [vector("down")] : []);
+  const down = (gated: Value) => linear(g, gated, [weight("down")], bias ? [vector("down")] : []);
+  const wide = ["gate", "up"].map(weight);
+  if (pairs(g, wide, bias)) return down(gatedProduct(g, x, g.bind(wide, { turned: true, paired: true })));
+  return down(g.binds ? gatedSilu(g, project("gate", "up")) : mul(g, silu(g, project("gate")), project("up")));
+}
+
+/** Whether one product gives both and what comes of them; not of bytes, where that takes longer (docs/performance.md). */
+function pairs({ options }: Graph, wide: Matrix[], bias: boolean): wide is StoredTensor[] {
+  return options.searched === true && !options.int8 && !bias && !wide.some((m) => "packed" in m);
 }
 
 /** The same with `padded` numbers between the products, zeros after the real ones: rows of 16 bytes are read faster. */

@@ -22,6 +22,16 @@ export function boundProduct(g: Graph, x: Value, w: Value): Value {
   return g.node(linearName(g.options.int8), [x, w], [out], {}, CUSTOM_DOMAIN)[0];
 }
 
+/**
+ * silu(x·gate) · (x·up) for x [T,k] and w [k,2n], where `gate` and `up` are bound as paired; by an operator of our own, whose
+ * second output is its scratch memory.
+ */
+export function gatedProduct(g: Graph, x: Value, w: Value): Value {
+  const [rows, columns] = [x.shape[0], w.shape[1] as number];
+  const outputs = [columns / 2, columns].map((n) => ({ dtype: x.dtype, shape: [rows, n] }));
+  return g.node("GatedLinear", [x, w], outputs, {}, CUSTOM_DOMAIN)[0];
+}
+
 /** a [m,k] · b [n,k]ᵀ + c, c broadcast to [m,n]. */
 export function gemm(g: Graph, a: Value, b: Value, c: Value): Value {
   if (a.shape[1] !== b.shape[1]) throw new Error(`Gemm of [${a.shape}] and [${b.shape}]ᵀ`);

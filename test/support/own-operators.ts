@@ -96,6 +96,27 @@ export const gatedSiluOp: CustomOp = {
   },
 };
 
+/** Where number i of two halves is that go by turns, eight of each. */
+const pairedAt = (i: number, half: number) =>
+  16 * Math.floor((i % half) / 8) + 8 * Math.floor(i / half) + ((i % half) % 8);
+
+export const gatedLinearOp: CustomOp = {
+  name: "GatedLinear",
+  inputs: [F32, F32],
+  outputs: 2,
+  columns: (_inner, dims, output) => dims(1)[1] / (output === 0 ? 2 : 1),
+  compute([x, w], [y, both], shape) {
+    const { rows, width: half, dims } = shape;
+    linearOp.compute([x, w], [both], { ...shape, width: dims(1)[1] });
+    const [from, to] = [f32(both, rows * 2 * half), f32(y, rows * half)];
+    for (let i = 0; i < to.length; i++) {
+      const row = from.subarray(Math.floor(i / half) * 2 * half);
+      const [gate, up] = [i % half, half + (i % half)].map((at) => row[pairedAt(at, half)]);
+      to[i] = (gate / (1 + Math.exp(-gate))) * up;
+    }
+  },
+};
+
 export const linearOp: CustomOp = {
   name: "Linear",
   inputs: [F32, F32],
@@ -174,7 +195,7 @@ function numbers({ file, offset, bytes, dtype }: StoredTensor): Float32Array {
 }
 
 /** Parts below each other, rows picked, zeros after them, turned: what engine/cuda/weights.ts does on the device. */
-function arranged({ value, parts, turned, picked, rows }: BoundWeight): Float32Array {
+function arranged({ value, parts, turned, picked, rows, paired }: BoundWeight): Float32Array {
   const height = value.shape[turned ? 1 : 0] as number;
   const out = new Float32Array((value.shape as number[]).reduce((a, b) => a * b, 1));
   let at = 0;
@@ -184,7 +205,8 @@ function arranged({ value, parts, turned, picked, rows }: BoundWeight): Float32A
     const taken = picked ?? Array.from({ length: part.shape[0] }, (_, i) => i);
     for (const [i, row] of taken.entries())
       for (let c = 0; c < columns; c++)
-        out[turned ? c * height + at + i : (at + i) * columns + c] = stored[row * columns + c];
+        out[turned ? c * height + (paired ? pairedAt(at + i, height / 2) : at + i) : (at + i) * columns + c] =
+          stored[row * columns + c];
     at += picked?.length ?? rows ?? part.shape[0];
   }
   return out;

@@ -21,7 +21,7 @@ import { PrefixCache } from "../prefix-cache.ts";
 import type { FixedInput, Runtime, Session } from "../runtime.ts";
 import { DTYPES, type Tensor } from "../tensor.ts";
 import { Blocks, PagedCache } from "./memory.ts";
-import { addRmsNormOp, addRowsOp, attentionOp, gatedSiluOp, linearOp, pairRowsOp } from "./operators.ts";
+import { addRmsNormOp, addRowsOp, attentionOp, gatedLinearOp, gatedSiluOp, linearOp, pairRowsOp } from "./operators.ts";
 import { CudaPassage } from "./passage.ts";
 import { type DeviceRows, deviceRows } from "./shared-rows.ts";
 import { DeviceWeights } from "./weights.ts";
@@ -115,7 +115,8 @@ export function loadCudaModel(runtime: Runtime, folder: string, options: CudaOpt
   const draftCache = drafting && new PagedCache(runtime, blocks, { ...drafting.config, layers: 1 }, dtype, "shared");
   const products = new Products(cuda, elementwise, dtype);
   const ops = [attentionOp(cuda, TARGET_ATTENTION, language, dtype, cache.paging), linearOp(products, dtype)];
-  ops.push(gatedSiluOp(elementwise, dtype), addRmsNormOp(elementwise, dtype, language.epsilon));
+  ops.push(gatedLinearOp(products, dtype), gatedSiluOp(elementwise, dtype));
+  ops.push(addRmsNormOp(elementwise, dtype, language.epsilon));
   const cycleOptions = { ...graphOptions, searched: true };
   if (drafting) {
     const { epsilon, hidden } = drafting.config;

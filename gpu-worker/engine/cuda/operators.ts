@@ -93,3 +93,16 @@ export function linearOp(products: Products, dtype: Float, roughly = false): Cus
       products.launch(y, x, w, { rows, inner, columns }, roughly),
   };
 }
+
+/** Two products with paired matrices, and the gated SiLU of them; its second output is for them both. */
+export function gatedLinearOp(products: Products, dtype: Float): CustomOp {
+  const float = DTYPES[dtype].onnx;
+  return {
+    name: "GatedLinear",
+    inputs: [float, float],
+    outputs: 2,
+    columns: (_inner, dims, output) => dims(1)[1] / (output === 0 ? 2 : 1),
+    compute: ([x, w], [y, both], { rows, columns: inner, dims }) =>
+      products.launchGated(y, both, x, w, { rows, inner, columns: dims(1)[1] }),
+  };
+}

@@ -10,6 +10,14 @@ import { DTYPES, type Tensor } from "../tensor.ts";
 /** Bytes on their way at a time. */
 const PIECE = 64 << 20;
 
+/** Where rows go: to rows, or with a stride to columns, `at` and on; or to where those are of paired halves. */
+interface Place {
+  at: number;
+  /** Of a row; 0: rows stay rows. */
+  stride: number;
+  paired?: boolean;
+}
+
 export class DeviceWeights implements Disposable {
   readonly #runtime: Runtime;
   readonly #cuda: Cuda;
@@ -37,25 +45,21 @@ export class DeviceWeights implements Disposable {
     });
   }
 
-  #read({ value, parts, turned, picked, rows, columns }: BoundWeight): Tensor {
+  #read({ value, parts, turned, picked, rows, columns, paired }: BoundWeight): Tensor {
     const dims = value.shape as number[];
     const tensor = this.#runtime.tensor(value.dtype, dims.reduce((a, b) => a * b, 1), "device"); // biome-ignore format: one line
     this.bytes += tensor.elements * DTYPES[value.dtype].bytes;
     if (rows ?? columns) this.#cuda.fill(tensor.pointer, 0, tensor.elements * DTYPES[value.dtype].bytes);
     let at = 0;
     for (const part of parts) {
-      this.#part(tensor, part, { at, stride: turned ? dims[1] : 0, rows: picked });
+      this.#part(tensor, part, { at, stride: turned ? dims[1] : 0, paired }, picked);
       at += picked?.length ?? rows ?? part.shape[0];
     }
     return tensor;
   }
 
-  /** Rows of one stored tensor to rows (or, with a stride, columns) `at` and on. */
-  #part(
-    to: Tensor,
-    part: StoredTensor,
-    { at, stride, rows }: { at: number; stride: number; rows?: readonly number[] },
-  ) {
+  /** Rows of one stored tensor, all of them or those. */
+  #part(to: Tensor, part: StoredTensor, place: Place, rows?: readonly number[]): void {
     const columns = part.shape.slice(1).reduce((a, b) => a * b, 1);
     const rowBytes = columns * DTYPES[part.dtype].bytes;
     const count = rows?.length ?? part.shape[0];
@@ -67,7 +71,7 @@ export class DeviceWeights implements Disposable {
         this.#cuda.synchronize(); // the piece before may still be on its way
         if (rows) for (let i = 0; i < n; i++) this.#fill(file, part, rows[from + i] * rowBytes, i * rowBytes, rowBytes);
         else this.#fill(file, part, from * rowBytes, 0, n * rowBytes);
-        this.#place(to, part, { at: at + from, rows: n, columns, stride });
+        this.#place(to, part, { rows: n, columns }, { ...place, at: place.at + from });
       }
     } finally {
       closeSync(file);
@@ -87,7 +91,8 @@ export class DeviceWeights implements Disposable {
   #place(
     to: Tensor,
     { dtype }: StoredTensor,
-    { at, rows, columns, stride }: { at: number; rows: number; columns: number; stride: number },
+    { rows, columns }: { rows: number; columns: number },
+    { at, stride, paired }: Place,
   ): void {
     const bytes = rows * columns * DTYPES[dtype].bytes;
     const first = to.pointer + BigInt(at * columns * DTYPES[to.dtype].bytes);
@@ -99,7 +104,8 @@ export class DeviceWeights implements Disposable {
     const [type, wanted] = [dtype as Float, to.dtype as Float];
     const piece = this.#piece.pointer;
     if (stride === 0) this.#kernels.convert(first, wanted, piece, type, rows * columns);
-    else this.#kernels.turn({ data: to.pointer, type: wanted, at, stride }, { data: piece, type, rows, columns });
+    else
+      this.#kernels.turn({ data: to.pointer, type: wanted, at, stride, paired }, { data: piece, type, rows, columns });
   }
 
   /** Frees what only reading needs. */
