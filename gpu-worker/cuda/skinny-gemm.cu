@@ -123,12 +123,13 @@ __device__ void write(u16* y, const Weights& w, float4 sum, int piece, int tile,
   if (column + 8 < columns) *(u32*)(to + 8) = high;
 }
 
-// As elementwise.cu has it, of numbers as they would have been written.
+// As elementwise.cu has it, bit for bit, of numbers rounded as if they had been written.
 __device__ __forceinline__ float gated(u16 gate, u16 up) {
   const float x = number(gate);
   return x / (1.0f + __expf(-x)) * number(up);
 }
-// Where w's columns are eight of the gate's and eight of what it is for by turns, a thread has both: y [rows,columns / 2].
+// Where w's columns are the gate's and up's by turns, eight of each, a thread has both: what comes of them is y
+// [rows,columns / 2].
 __device__ void writeGated(u16* y, float4 sum, int piece, int tile, int rows, int columns) {
   const int lane = threadIdx.x % 32, column = (tile * COLUMNS + threadIdx.x / 32 * 16) / 2 + lane % 4 * 2;
   const u32 gates = pack(sum.x, sum.y), ups = pack(sum.z, sum.w);
